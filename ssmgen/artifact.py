@@ -1,0 +1,72 @@
+"""Artifact: a compiled kernel and the manifest that says how to launch it.
+
+The manifest's ABI, version 1: the arguments in order, each in its natural size, then
+``scratch_pointers`` null pointers; ``32 * num_warps`` threads; ``shared`` bytes of dynamic shared
+memory. An artifact is plain data: the cubin, the source it came from, JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .config import canonical_json
+from .errors import StoreError
+
+__all__ = ["Artifact"]
+
+FILES = ("kernel.cubin", "source.py")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """``manifest`` holds key, factors, toolchain, entry, arguments, scratch_pointers, num_warps,
+    shared, registers, spills and, per file, size and sha256."""
+
+    manifest: dict[str, Any]
+    cubin: bytes
+    source: str
+
+    @classmethod
+    def build(cls, description: dict[str, Any], cubin: bytes, source: str) -> Artifact:
+        """Complete `description` with sizes and digests of the files."""
+        files = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            for name, data in zip(FILES, (cubin, source.encode()))
+        }
+        return cls({**description, "files": files}, cubin, source)
+
+    def contents(self) -> dict[str, bytes]:
+        """The files of a store entry, the manifest last."""
+        return {
+            FILES[0]: self.cubin,
+            FILES[1]: self.source.encode(),
+            "manifest.json": (canonical_json(self.manifest) + "\n").encode(),
+        }
+
+    @classmethod
+    def verify(cls, key: str, contents: dict[str, bytes], abi: int) -> Artifact:
+        """Rebuild from an entry's files. Raises `StoreError` saying what is wrong with them."""
+        try:
+            manifest = json.loads(contents["manifest.json"])
+            for name in FILES:
+                found = contents[name]
+                claimed = manifest["files"][name]
+                if len(found) != claimed["size"]:
+                    raise StoreError(f"{name}: {len(found)} bytes, manifest says {claimed['size']}")
+                if hashlib.sha256(found).hexdigest() != claimed["sha256"]:
+                    raise StoreError(f"{name}: digest differs from the manifest's")
+            if manifest["key"] != key:
+                raise StoreError(f"manifest.json: entry of another key, {manifest['key']}")
+            factors = hashlib.sha256(canonical_json(manifest["factors"]).encode()).hexdigest()
+            if factors != key:
+                raise StoreError("manifest.json: its factors do not hash to its key")
+            if manifest["factors"]["abi"] != abi:
+                raise StoreError(f"manifest.json: ABI {manifest['factors']['abi']}, not {abi}")
+            if not contents[FILES[0]].startswith(b"\x7fELF"):
+                raise StoreError("kernel.cubin: not an ELF file")
+            return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode())
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StoreError(f"manifest.json: malformed ({error!r})") from None

@@ -1,0 +1,161 @@
+"""Source -> Artifact, for any architecture, on a machine with or without a GPU.
+
+Triton is the compiler. Its cache is pointed at a folder that is thrown away: its entries hold
+absolute paths and no digests. Line information is off, so the same source gives the same bytes
+everywhere.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import hashlib
+import importlib.metadata
+import linecache
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from typing import Any
+
+from .arch import Arch
+from .artifact import Artifact
+from .config import KernelConfig
+from .errors import CompileError
+from .families import spec
+from .plan import Plan
+from .template import TRITON_TYPES, entry_name, factors, key, render
+
+__all__ = ["compile", "load_source", "ptx", "toolchain"]
+
+log = logging.getLogger("ssmgen")
+
+# Triton's knobs are process-wide, so one compilation at a time.
+_lock = threading.Lock()
+
+
+@functools.cache
+def toolchain() -> str | None:
+    """Name of the compiler installed here (``triton-3.6.0``); None without one.
+
+    Triton's version fixes the ptxas it brings; a ptxas named by the environment is told apart by
+    its bytes.
+    """
+    try:
+        name = f"triton-{importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        if path := os.environ.get(variable):
+            with open(path, "rb") as file:
+                name += f"-ptxas-{hashlib.sha256(file.read()).hexdigest()[:12]}"
+    return name
+
+
+def load_source(source: str, entry: str, decorate: Any) -> Any:
+    """Run a generated module with `decorate` in place of ``triton.jit``; return its kernel."""
+    name = f"ssmgen_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+    lines = source.splitlines(keepends=True)
+    # Triton reads a function's text through linecache; an entry without mtime is never dropped.
+    linecache.cache[name] = (len(source), None, lines, name)
+    import triton
+
+    namespace: dict[str, Any] = {"__name__": name.removesuffix(".py")}
+    original = triton.jit
+    triton.jit = decorate
+    try:
+        exec(builtins.compile(source, name, "exec"), namespace)
+    finally:
+        triton.jit = original
+    return namespace[entry]
+
+
+def compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
+    """Render and compile one kernel. Raises `CompileError` with the config and the cause."""
+    source = render(config, plan, arch)
+    entry = entry_name(config, plan)
+    with _lock:
+        binary = _triton(source, entry, config, plan, arch)
+    return Artifact.build(
+        {
+            "key": key(config, plan, arch),
+            "factors": factors(config, plan, arch),
+            "toolchain": toolchain(),
+            "entry": entry,
+            "arguments": [[a.name, a.type] for a in spec(config.family).arguments(config)],
+            "scratch_pointers": 2,
+            "num_warps": binary.metadata.num_warps,
+            "shared": binary.metadata.shared,
+            **_resources(binary.asm["cubin"]),
+        },
+        binary.asm["cubin"],
+        source,
+    )
+
+
+def ptx(config: KernelConfig, plan: Plan, arch: Arch) -> str:
+    """The PTX of one kernel, for reading."""
+    with _lock:
+        source = render(config, plan, arch)
+        return _triton(source, entry_name(config, plan), config, plan, arch).asm["ptx"]
+
+
+def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arch) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    arguments = spec(config.family).arguments(config)
+    signature = {a.name: _triton_type(a.type) for a in arguments}
+    attrs = {(i,): [["tt.divisibility", a.align]] for i, a in enumerate(arguments) if a.align > 1}
+    function = load_source(source, entry, JITFunction)
+    with tempfile.TemporaryDirectory(prefix="ssmgen-") as scratch:
+        with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+            triton.knobs.cache.dir = scratch
+            triton.knobs.compilation.disable_line_info = True
+            try:
+                binary = triton.compile(
+                    ASTSource(function, signature, {}, attrs),
+                    target=GPUTarget("cuda", arch.cc, 32),
+                    options={
+                        "num_warps": plan.num_warps,
+                        "num_stages": plan.num_stages,
+                        "launch_pdl": bool(config.pdl and arch.pdl),
+                    },
+                )
+            except Exception as error:
+                raise CompileError(
+                    f"{entry} for {arch} ({plan}): {error}\nconfig: {config.to_json()}"
+                ) from error
+    metadata = binary.metadata
+    for field in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(metadata, field, 0):
+            raise CompileError(f"{entry}: needs {field}, which the ABI does not provide")
+    return binary
+
+
+def _triton_type(type: str) -> str:
+    return f"*{TRITON_TYPES[type[1:]]}" if type.startswith("*") else type
+
+
+def _resources(cubin: bytes) -> dict[str, int | None]:
+    """Registers a thread and spilled bytes, as cuobjdump reports them; None if it is missing."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            tool = triton.knobs.nvidia.cuobjdump.path
+            text = subprocess.run(
+                [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError, AttributeError, RuntimeError) as error:
+            log.warning("no resource report: %s", error)
+            return {"registers": None, "spills": None}
+    report = text.stdout + text.stderr
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return {"registers": found.get("REG"), "spills": found.get("STACK", 0) + found.get("LOCAL", 0)}

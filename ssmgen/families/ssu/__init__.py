@@ -1,0 +1,169 @@
+"""ssu: selective_state_update, the decode step of Mamba1 and Mamba2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..base import Argument, Family, Layout
+from .config import ITEMSIZE, SsuConfig
+
+if TYPE_CHECKING:
+    from ...arch import Arch
+    from ...plan import Plan
+
+__all__ = ["FAMILY", "Ssu", "SsuConfig"]
+
+# The shape the dispatch table is written for: one Mamba2 head.
+REFERENCE_DIM, REFERENCE_DSTATE = 64, 128
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def power_of_2_divisor(n: int) -> int:
+    return n & -n
+
+
+class Ssu(Family):
+    name = "ssu"
+
+    def arguments(self, config: SsuConfig) -> tuple[Argument, ...]:  # type: ignore[override]
+        align = 16 if config.aligned else 1
+
+        def stride(name: str, type: str, dtype: str | None = None) -> Argument:
+            return Argument(name, type, align // ITEMSIZE[dtype] if dtype and align > 1 else 1)
+
+        def keep(*pairs: tuple[bool, Argument]) -> tuple[Argument, ...]:
+            return tuple(argument for wanted, argument in pairs if wanted)
+
+        c, io, weight = config, config.dtype, config.weight_dtype
+        scaled, indexed, untied = bool(c.state_scale_t), bool(c.index_dtype), not c.tie_hdim
+        stochastic = c.rounding == "stochastic"
+        pointers = keep(
+            (True, Argument("state", f"*{c.state_dtype}", align)),
+            (scaled, Argument("state_scale", "*fp32")),
+            (True, Argument("x", f"*{io}")),
+            (True, Argument("dt", f"*{c.dt_dtype}")),
+            (True, Argument("A", f"*{c.a_dtype}", align if untied else 1)),
+            (True, Argument("B", f"*{io}", align)),
+            (True, Argument("C", f"*{io}", align)),
+            (c.has_d, Argument("D", f"*{weight}")),
+            (c.has_z, Argument("z", f"*{io}")),
+            (c.has_dt_bias, Argument("dt_bias", f"*{weight}")),
+            (True, Argument("out", f"*{io}")),
+            (indexed, Argument("slots", f"*{c.index_dtype}")),
+            (c.has_dst, Argument("dst_slots", f"*{c.index_dtype}")),
+            (stochastic, Argument("seed", "*int64")),
+        )
+        integers = keep(
+            (True, stride("state_slot_stride", "i64", c.state_dtype)),
+            (scaled, stride("scale_slot_stride", "i64")),
+            (True, stride("x_row_stride", "i64")),
+            (True, stride("x_head_stride", "i32")),
+            (True, stride("dt_row_stride", "i64")),
+            (True, stride("dt_head_stride", "i32")),
+            (untied, stride("dt_dim_stride", "i32")),
+            (True, stride("A_head_stride", "i32", c.a_dtype if untied else None)),
+            (untied, stride("A_dim_stride", "i32", c.a_dtype)),
+            (untied and not c.aligned, stride("A_dstate_stride", "i32")),
+            (True, stride("B_row_stride", "i64", io)),
+            (True, stride("B_group_stride", "i32", io)),
+            (True, stride("C_row_stride", "i64", io)),
+            (True, stride("C_group_stride", "i32", io)),
+            (c.has_d, stride("D_head_stride", "i32")),
+            (c.has_d and untied, stride("D_dim_stride", "i32")),
+            (c.has_z, stride("z_row_stride", "i64")),
+            (c.has_z, stride("z_head_stride", "i32")),
+            (c.has_dt_bias, stride("dt_bias_head_stride", "i32")),
+            (c.has_dt_bias and untied, stride("dt_bias_dim_stride", "i32")),
+            (True, stride("out_row_stride", "i64")),
+            (True, stride("out_head_stride", "i32")),
+            (indexed, stride("slots_stride", "i64")),
+            (c.has_dst, stride("dst_slots_stride", "i64")),
+            (indexed, stride("pad_slot_id", "i64")),
+            (True, stride("group_recip", "i64")),
+        )
+        return pointers + integers
+
+    def context(self, config: SsuConfig, plan: Plan, arch: Arch) -> Mapping[str, Any]:  # type: ignore[override]
+        return {
+            "qmax": {"int16": 32767, "int8": 127, "fp8_e4m3fn": 448}.get(config.state_dtype),
+            "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
+            "hardware_fp8": arch.fp8,
+            "mask_rows": config.dim % plan.block_m != 0,
+            "mask_cols": config.dstate % plan.block_n != 0,
+            "tiles": -(-config.dim // plan.block_m) if plan.algorithm == "simple" else plan.split,
+        }
+
+    def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
+        key = f"{config.state_dtype}.{config.rounding}"
+        short = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}"
+        return (f"{key}.pdl", key, short) if config.pdl else (key, short)
+
+    def fit(self, config: SsuConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
+        from ...plan import Plan
+
+        if plan.algorithm == "horizontal":
+            if config.state_scale_t:
+                config.reject(
+                    "algorithm",
+                    "horizontal",
+                    f"auto, simple, vertical with a block-scaled state ({config.state_dtype}): "
+                    "horizontal sees a row in pieces, its scale needs the whole row",
+                )
+            block_m = next_power_of_2(config.dim)
+            block_n = min(plan.block_n, power_of_2_divisor(config.dstate))
+            split, stages = 1, min(plan.num_stages, max(1, config.dstate // block_n))
+        else:
+            block_n = next_power_of_2(config.dstate)
+            rows = power_of_2_divisor(config.dim)
+            block_m = max(1, min(rows, plan.block_m * REFERENCE_DSTATE // block_n))
+            split = min(plan.split, rows // block_m) if plan.algorithm == "vertical" else 1
+            steps = config.dim // (split * block_m)
+            stages = min(plan.num_stages, steps) if plan.algorithm == "vertical" else 1
+        # A thread below one 16-byte vector only adds idle lanes.
+        vector = max(1, 16 // ITEMSIZE[config.state_dtype])
+        warps = max(1, min(plan.num_warps, block_m * block_n // (32 * vector)))
+        if plan.algorithm == "horizontal" and block_m * block_n // (32 * warps) > 128:
+            warps = min(16, block_m * block_n // (32 * 128))
+        while stages > 1 and stages * block_m * block_n * ITEMSIZE[config.state_dtype] > (
+            arch.shared_memory // 2
+        ):
+            stages -= 1
+        return Plan(
+            algorithm=plan.algorithm,
+            block_m=block_m,
+            block_n=block_n,
+            num_warps=warps,
+            num_stages=stages,
+            split=split,
+        )
+
+    def limit(self, config: SsuConfig, heads: int) -> int:  # type: ignore[override]
+        return max(1, heads * REFERENCE_DIM * REFERENCE_DSTATE // (config.dim * config.dstate))
+
+    def grid(self, config: SsuConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:  # type: ignore[override]
+        tiles = {
+            "simple": config.dim // plan.block_m,
+            "vertical": plan.split,
+            "horizontal": 1,
+        }[plan.algorithm]
+        return tiles * nheads, batch, 1
+
+    def layout(self, **arguments: Any) -> Layout:
+        from .contract import layout
+
+        return layout(**arguments)
+
+    def switches(self, config: SsuConfig) -> dict[str, Any]:  # type: ignore[override]
+        return {
+            "dt_softplus": config.dt_softplus,
+            "disable_state_update": not config.update_state,
+            "philox_rounds": config.philox_rounds or 10,
+            "pdl": config.pdl,
+        }
+
+
+FAMILY = Ssu()

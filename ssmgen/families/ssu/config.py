@@ -1,0 +1,78 @@
+"""SsuConfig: the fields of a selective_state_update kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...config import KernelConfig, choice, flag, integer
+
+__all__ = ["ITEMSIZE", "SCALED", "SsuConfig"]
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int16": 2, "int8": 1, "fp8_e4m3fn": 1}
+SCALED = ("int16", "int8", "fp8_e4m3fn")
+FLOATS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SsuConfig(KernelConfig, family="ssu"):
+    """selective_state_update for one token.
+
+    dtype: x, B, C, z, out. dt_dtype: dt (default: weight_dtype). weight_dtype: D, dt_bias.
+    a_dtype: A. state_scale_t: dtype of the block scales, one per (slot, head, row); integer and
+    fp8 states have them, others do not. philox_rounds: 10 unless given when rounding is
+    stochastic, else 0. tie_hdim: dt, A, D, dt_bias hold one value per head (Mamba2); else one per
+    row (and for A per element). index_dtype: of state_batch_indices, None if slots are batch rows.
+    aligned: state, B and C (and A unless tied) start and step at multiples of 16 bytes.
+    """
+
+    family: str = choice("ssu", ("ssu",))
+    dt_dtype: str | None = choice(None, (*FLOATS, None))
+    weight_dtype: str = choice("fp32", FLOATS)
+    a_dtype: str = choice("fp32", FLOATS)
+    state_dtype: str = choice("fp32", (*FLOATS, *SCALED))
+    state_scale_t: str | None = choice(None, ("fp32", None))
+    rounding: str = choice("nearest", ("nearest", "stochastic"))
+    philox_rounds: int | None = integer(None, 0, 16)
+    dim: int = integer(64, 8, 512, 8)
+    dstate: int = integer(128, 8, 512, 8)
+    ntokens: int = integer(1, 1, 1)
+    has_z: bool = flag(False)
+    has_d: bool = flag(True)
+    has_dt_bias: bool = flag(True)
+    dt_softplus: bool = flag(True)
+    tie_hdim: bool = flag(True)
+    has_dst: bool = flag(False)
+    update_state: bool = flag(True)
+
+    def check(self) -> None:
+        for name in ("dim", "dstate"):
+            if getattr(self, name) is None:
+                self.reject(name, None, "8 to 512 in multiples of 8")
+        if self.dt_dtype is None:
+            self.resolve("dt_dtype", self.weight_dtype)
+        scaled = self.state_dtype in SCALED
+        if scaled:
+            self.resolve("state_scale_t", "fp32")
+        elif self.state_scale_t is not None:
+            self.reject("state_scale_t", self.state_scale_t, f"None with a {self.state_dtype} state")
+        stochastic = self.rounding == "stochastic"
+        if stochastic and self.state_dtype == "fp32":
+            self.reject("rounding", "stochastic", "nearest with an fp32 state: nothing is rounded")
+        if stochastic and not self.update_state:
+            self.reject("rounding", "stochastic", "nearest when no state is written")
+        if self.philox_rounds is None:
+            self.resolve("philox_rounds", 10 if stochastic else 0)
+        elif stochastic != (self.philox_rounds > 0):
+            self.reject(
+                "philox_rounds",
+                self.philox_rounds,
+                "1 to 16 with stochastic rounding" if stochastic else "0 with nearest rounding",
+            )
+        if self.has_dst and self.index_dtype is None:
+            self.reject("has_dst", True, "False without state_batch_indices (index_dtype)")
+        if self.has_dst and not self.update_state:
+            self.reject("has_dst", True, "False when no state is written")
+        if self.algorithm == "horizontal" and scaled:
+            self.reject(
+                "algorithm", "horizontal", f"auto, simple, vertical with a {self.state_dtype} state"
+            )

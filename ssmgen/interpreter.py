@@ -1,0 +1,109 @@
+"""Run a generated kernel on the CPU, in Triton's interpreter.
+
+The interpreter normally has to be chosen before Triton is imported. Here Triton's own device
+functions are swapped for interpreted ones while a kernel runs, so that one process can compile and
+interpret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arch import Arch
+from .compiler import load_source
+from .config import KernelConfig
+from .families import spec
+from .families.base import Layout
+from .plan import Plan, dispatch
+from .template import entry_name, render
+
+__all__ = ["interpret"]
+
+_lock = threading.RLock()
+
+
+def interpret(
+    layout: Layout,
+    tensors: dict[str, torch.Tensor],
+    *,
+    plan: Plan | None = None,
+    arch: Arch | str = "sm_90",
+) -> None:
+    """Run the kernel `layout` asks for on CPU tensors, as `arch` would run it.
+
+    Slow: for numerics and tests, not for work.
+    """
+    config = layout.config
+    arch = Arch.of(arch)
+    family = spec(config.family)
+    if plan is None:
+        plan = next(
+            c.plan
+            for c in dispatch(config, arch)
+            if c.limit is None or layout.batch * layout.nheads <= c.limit
+        )
+    grid = family.grid(config, plan, layout.batch, layout.nheads)
+    if 0 in grid:
+        return
+    pointers = [tensors[name] for name in layout.tensors]
+    pointers = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in pointers]
+    with _lock, _interpreting(), np.errstate(all="ignore"):
+        _kernel(config, plan, arch)[grid](*pointers, *layout.scalars)
+
+
+def _kernel(config: KernelConfig, plan: Plan, arch: Arch) -> Any:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    source = render(config, plan, arch, interpret=True)
+    return load_source(source, entry_name(config, plan), InterpretedFunction)
+
+
+@contextlib.contextmanager
+def _interpreting() -> Iterator[None]:
+    import triton.experimental.gluon  # takes copies of these functions when imported  # noqa: F401
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
+    from triton.runtime.jit import JITFunction
+
+    saved: list[tuple[Any, str, Any]] = []
+    memo: dict[int, Any] = {}
+    for module in (tl, tl.standard, tl.random):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                saved.append((module, name, value))
+                setattr(module, name, memo.setdefault(id(value), InterpretedFunction(value.fn)))
+    original = interpreter_builder.cast_impl
+    floats = {
+        tl.float32: torch.float32,
+        tl.float16: torch.float16,
+        tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+    }
+
+    def cast(source: Any, type: Any, rounding: Any = None) -> Any:
+        # Triton's interpreter truncates where the GPU rounds to nearest even; torch rounds.
+        before, after = floats.get(source.dtype.scalar), floats.get(type.scalar)
+        if before is None or after is None:
+            return original(source, type)
+        data = torch.from_numpy(np.ascontiguousarray(source.data)).view(before).to(torch.float32)
+        if after is torch.float8_e4m3fn:
+            data = data.clamp(-448.0, 448.0)
+        rounded = data.to(after)
+        raw = {2: torch.uint16, 1: torch.uint8}.get(after.itemsize, torch.float32)
+        raw = after if after in (torch.float32, torch.float16) else raw
+        return TensorHandle(rounded.view(raw).numpy().reshape(source.data.shape), type.scalar)
+
+    interpreter_builder.cast_impl = cast
+    interpreter_builder.create_fp_to_fp = cast
+    try:
+        yield
+    finally:
+        del interpreter_builder.cast_impl, interpreter_builder.create_fp_to_fp
+        for module, name, value in saved:
+            setattr(module, name, value)

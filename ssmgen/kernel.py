@@ -1,0 +1,232 @@
+"""get_kernel: the road end to end."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from typing import Any
+
+from . import compiler
+from .arch import Arch
+from .artifact import Artifact
+from .config import KernelConfig
+from .errors import ArgumentValueError, DeviceError, StoreError
+from .families import spec
+from .families.base import Layout
+from .launcher import Function, Launch, load
+from .plan import Choice, Plan, dispatch
+from .settings import settings
+from .store import stores
+from .template import key
+
+__all__ = ["Kernel", "Variant", "build", "get_kernel"]
+
+log = logging.getLogger("ssmgen")
+
+_lock = threading.Lock()
+_kernels: dict[Any, Kernel] = {}
+_building: dict[Any, threading.Lock] = {}
+
+
+def build(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
+    """The artifact of one plan: from the first store that has it, else compiled and published."""
+    wanted = key(config, plan, arch)
+    toolchain = compiler.toolchain()
+    roots = stores()
+    for store in roots:
+        if found := store.get(wanted, toolchain):
+            return found
+    if toolchain is None:
+        raise StoreError(
+            f"kernel {wanted[:12]} is in no store and there is no Triton here to compile it; "
+            f"config: {config.to_json()}"
+        )
+    own = next((store for store in roots if store.writable), None)
+    if own is None:
+        return _compile(config, plan, arch)
+    with own.claim(f"{wanted}.{toolchain}"):
+        if found := own.get(wanted, toolchain):
+            return found
+        artifact = _compile(config, plan, arch)
+        try:
+            own.put(artifact)
+        except StoreError as error:
+            log.warning("%s; the kernel is used from memory", error)
+    return artifact
+
+
+def _compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
+    start = time.perf_counter()
+    artifact = compiler.compile(config, plan, arch)
+    log.info("compiled %s %s for %s in %.2f s", config.family, plan, arch,
+             time.perf_counter() - start)  # fmt: skip
+    return artifact
+
+
+class Variant:
+    """One binary of a kernel, and the problem sizes it serves."""
+
+    def __init__(self, config: KernelConfig, choice: Choice, arch: Arch) -> None:
+        self.config = config
+        self.limit = choice.limit
+        self.plan = choice.plan
+        self.why = choice.why
+        self.arch = arch
+        self.artifact = build(config, choice.plan, arch)
+        self.function: Function | None = None
+
+    @property
+    def source(self) -> str:
+        """The generated Triton source."""
+        return self.artifact.source
+
+    def explain(self) -> str:
+        """Why this variant, and what it became."""
+        manifest = self.artifact.manifest
+        serves = "any batch x heads" if self.limit is None else f"batch x heads <= {self.limit}"
+        return (
+            f"{self.plan} on {self.arch} serves {serves} ({self.why}); "
+            f"{manifest['registers']} registers, {manifest['spills']} bytes spilled, "
+            f"{manifest['shared']} bytes shared; key {manifest['key'][:12]}"
+        )
+
+
+class Kernel:
+    """The variants that serve one config on one architecture.
+
+    ``kernel(**arguments)`` checks the arguments, picks the variant by batch x heads and launches
+    on the current stream; ``bind`` does all but the launch once. ``plan``, ``source`` and
+    ``artifact`` are those of the variant for the largest sizes; `select` gives the others.
+    """
+
+    def __init__(self, config: KernelConfig, arch: Arch, device: int | None) -> None:
+        self.config = config
+        self.arch = arch
+        self.device = device
+        self.variants = tuple(Variant(config, c, arch) for c in dispatch(config, arch))
+        if device is not None:
+            for variant in self.variants:
+                variant.function = load(variant.artifact, device)
+
+    @property
+    def plan(self) -> Plan:
+        return self.variants[-1].plan
+
+    @property
+    def source(self) -> str:
+        return self.variants[-1].source
+
+    @property
+    def artifact(self) -> Artifact:
+        return self.variants[-1].artifact
+
+    def select(self, batch: int, nheads: int) -> Variant:
+        """The variant for a problem size."""
+        work = batch * nheads
+        return next(v for v in self.variants if v.limit is None or work <= v.limit)
+
+    def explain(self) -> str:
+        """Why these variants: one line each."""
+        return "\n".join(variant.explain() for variant in self.variants)
+
+    def launch_for(self, layout: Layout) -> Launch:
+        """The launch of one layout. It belongs to the calling thread."""
+        if layout.config.key_fields() != self.config.key_fields():
+            theirs = layout.config.key_fields()
+            differ = "; ".join(
+                f"{name}: the arguments have {theirs[name]!r}, the kernel {value!r}"
+                for name, value in self.config.key_fields().items()
+                if theirs[name] != value
+            )
+            raise ArgumentValueError(f"arguments of another config: {differ}")
+        variant = self.select(layout.batch, layout.nheads)
+        if variant.function is None:
+            raise DeviceError(
+                f"kernel: compiled for {self.arch} only, not loaded; call get_kernel(config) on a "
+                "machine with that GPU"
+            )
+        family = spec(self.config.family)
+        grid = family.grid(self.config, variant.plan, layout.batch, layout.nheads)
+        pdl = self.config.pdl and self.arch.pdl
+        return Launch(variant.function, grid, layout.scalars, pdl)
+
+    def bind(self, **arguments: Any) -> Any:
+        """Check the arguments once; returns a function that launches on the current stream.
+
+        The tensors must stay alive and in place as long as the function is used.
+        """
+        from torch._C import _cuda_getCurrentRawStream as current_stream
+
+        described = {**self._switches(), **arguments}
+        layout = spec(self.config.family).layout(**described)
+        launch = self.launch_for(layout)
+        device = self._device_of(arguments[layout.tensors[0]])
+        addresses = [arguments[name].data_ptr() for name in layout.tensors]
+
+        def bound() -> None:
+            launch(current_stream(device), *addresses)
+
+        return bound
+
+    def __call__(self, **arguments: Any) -> None:
+        """Check, select, launch. Arguments as in the family's op; ``out`` is required."""
+        import torch
+
+        bound = self.bind(**arguments)
+        with torch.cuda.device(self.device):
+            bound()
+
+    def _switches(self) -> dict[str, Any]:
+        return spec(self.config.family).switches(self.config)
+
+    def _device_of(self, tensor: Any) -> int:
+        if tensor.device.type != "cuda" or tensor.device.index != self.device:
+            raise DeviceError(f"kernel: loaded on cuda:{self.device}, tensors on {tensor.device}")
+        return tensor.device.index
+
+
+def get_kernel(
+    config: KernelConfig, arch: Arch | str | None = None, *, device: int | None = None
+) -> Kernel:
+    """The kernel of a config, compiled or from the store.
+
+    Without `arch` it is for the current CUDA device (or `device`), loaded and ready to launch.
+    With `arch` (``"sm_90"``) it is compiled only, which needs no GPU. The same call gives the same
+    object. Raises `ConfigError`, `CompileError`, `DeviceError`, `StoreError`.
+    """
+    if arch is not None:
+        device, target = None, Arch.of(arch)
+    else:
+        if device is None:
+            device = _current_device()
+        target = Arch.detect(device)
+    name = (config, target, device, settings())
+    kernel = _kernels.get(name)
+    if kernel is None:
+        with _lock:
+            gate = _building.setdefault(name, threading.Lock())
+        with gate:
+            kernel = _kernels.get(name)
+            if kernel is None:
+                kernel = _kernels[name] = Kernel(config, target, device)
+    return kernel
+
+
+@functools.cache
+def _cuda_ready() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _current_device() -> int:
+    if not _cuda_ready():
+        raise DeviceError(
+            "get_kernel: no CUDA device is visible; name an architecture to compile for, "
+            "e.g. get_kernel(config, arch='sm_90')"
+        )
+    import torch
+
+    return torch.cuda.current_device()

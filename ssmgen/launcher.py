@@ -1,0 +1,119 @@
+"""Artifact -> CUDA function; one launch.
+
+All loading happens in `load`; a launch allocates nothing on the device, loads nothing and waits
+for nothing, so it is safe under CUDA-graph capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from typing import Any
+
+from .artifact import Artifact
+from .errors import DeviceError
+
+__all__ = ["Function", "Launch", "load"]
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DeviceError(
+            "launcher: the CUDA bindings are missing; pip install 'ssmgen[cuda]'"
+        ) from error
+    return driver
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    if int(result[0]):
+        raise DeviceError(f"{what}: {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+class Function:
+    """A kernel loaded on one device."""
+
+    def __init__(self, artifact: Artifact, device: int, handle: Any, module: Any) -> None:
+        manifest = artifact.manifest
+        self.device = device
+        self.handle = handle
+        self.threads = 32 * manifest["num_warps"]
+        self.shared = manifest["shared"]
+        self.arguments = [type for _, type in manifest["arguments"]]
+        self.scratch = manifest["scratch_pointers"]
+        self._module = module
+
+
+def load(artifact: Artifact, device: int) -> Function:
+    """Load an artifact into the primary context of `device`. Raises `DeviceError`."""
+    import torch
+
+    driver = _driver()
+    name = artifact.manifest["entry"]
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes the primary context current
+        module = _check(driver.cuModuleLoadData(artifact.cubin), f"loading {name}")
+        handle = _check(driver.cuModuleGetFunction(module, name.encode()), f"finding {name}")
+        shared = artifact.manifest["shared"]
+        if shared > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(handle, attribute, shared), f"shared memory of {name}")
+    return Function(artifact, device, handle, module)
+
+
+class Launch:
+    """A function with its grid and integer arguments fixed; only addresses vary.
+
+    One thread's at a time: the parameter block is reused from call to call.
+    """
+
+    def __init__(
+        self, function: Function, grid: tuple[int, ...], scalars: tuple[int, ...], pdl: bool
+    ) -> None:
+        driver = _driver()
+        count = len(function.arguments) + function.scratch
+        pointers = len(function.arguments) - len(scalars)
+        self._block = (ctypes.c_int64 * count)(*([0] * pointers), *scalars)
+        start = ctypes.addressof(self._block)
+        self._table = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
+        self._pack = struct.Struct(f"<{pointers}Q").pack_into
+        self._function = function
+        self.empty = 0 in grid
+        params = ctypes.addressof(self._table)
+        dims = (*grid, function.threads, 1, 1, function.shared)
+        if pdl:
+            config = driver.CUlaunchConfig()
+            (config.gridDimX, config.gridDimY, config.gridDimZ) = grid
+            (config.blockDimX, config.blockDimY, config.blockDimZ) = function.threads, 1, 1
+            config.sharedMemBytes = function.shared
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+
+            def start_kernel(stream: int) -> Any:
+                config.hStream = stream
+                return driver.cuLaunchKernelEx(config, function.handle, params, 0)
+
+        else:
+
+            def start_kernel(stream: int) -> Any:
+                return driver.cuLaunchKernel(function.handle, *dims, stream, params, 0)
+
+        self._start = start_kernel
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Launch on the CUDA stream with this handle."""
+        if self.empty:
+            return
+        self._pack(self._block, 0, *addresses)
+        (result,) = self._start(stream)
+        if result:
+            raise DeviceError(f"launch: {result.name}")

@@ -1,0 +1,112 @@
+"""Plan: how one kernel is built on one architecture; and dispatch, which chooses plans.
+
+Dispatch reads ``cache/dispatch/<family>.json``. A plan there is written for the family's reference
+shape; the family fits it to the config at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import resources
+from .arch import Arch
+from .config import KernelConfig
+from .errors import ConfigError
+from .families import spec
+from .settings import settings
+
+__all__ = ["Choice", "Plan", "dispatch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Algorithm, tile, warps, stages.
+
+    A program works on tiles of ``block_m`` rows of ``dim`` by ``block_n`` columns of ``dstate``
+    with ``num_warps`` warps and, where it walks, ``num_stages`` tiles in flight. ``split``
+    programs share the rows of one head in the vertical algorithm.
+    """
+
+    algorithm: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+    split: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                if field.name == "num_stages" and isinstance(value, int) and value > 0:
+                    continue
+                raise ConfigError(f"plan.{field.name}: {value!r} is not a power of two")
+
+    def fields(self) -> dict[str, Any]:
+        """Every field by name."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        text = f"{self.algorithm} {self.block_m}x{self.block_n} warps={self.num_warps}"
+        if self.algorithm != "simple":
+            text += f" stages={self.num_stages}"
+        if self.split > 1:
+            text += f" split={self.split}"
+        return text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One bucket of a dispatch: `plan` serves up to `limit` (batch x heads); None is no limit."""
+
+    limit: int | None
+    plan: Plan
+    why: str
+
+
+def dispatch(config: KernelConfig, arch: Arch) -> tuple[Choice, ...]:
+    """The plans that serve `config` on `arch`, by rising limit; the last has none.
+
+    Raises `ConfigError` if the config forces an algorithm that cannot serve it.
+    """
+    family = spec(config.family)
+    table = _table(config.family)
+    algorithm = config.algorithm
+    where, rows = _rows(table["auto"], family.dispatch_keys(config), arch)
+    why = f"table {where}"
+    if algorithm != "auto":
+        rows = [row for row in rows if row["plan"]["algorithm"] == algorithm]
+        why = f"forced, tile from table {where}"
+        if not rows:
+            rows = [{"plan": table["default"][algorithm]}]
+            why = "forced, default tile"
+    if config.batch_invariant or settings().batch_invariant:
+        rows = rows[-1:]
+        why += ", batch-invariant"
+
+    choices: list[Choice] = []
+    for row in rows:
+        plan = family.fit(config, Plan(**row["plan"]), arch)
+        limit = row.get("up_to_heads")
+        limit = None if limit is None or row is rows[-1] else family.limit(config, limit)
+        if choices and choices[-1].plan == plan:
+            choices.pop()
+        choices.append(Choice(limit, plan, why))
+    return tuple(choices)
+
+
+def _rows(auto: dict[str, Any], keys: tuple[str, ...], arch: Arch) -> tuple[str, list[Any]]:
+    for name in (str(arch), f"sm_{arch.cc // 10 * 10}", "default"):
+        for key in keys:
+            if key in auto.get(name, {}):
+                return f"{name}/{key}", auto[name][key]
+    raise ConfigError(f"algorithm: the dispatch table has no entry for {' or '.join(keys)}")
+
+
+@functools.cache
+def _table(family: str) -> dict[str, Any]:
+    return json.loads((resources.root() / "cache" / "dispatch" / f"{family}.json").read_text())

@@ -1,0 +1,21 @@
+"""The oracle: every op in plain PyTorch, in any float dtype up to fp64.
+
+It runs on any device, is what the ops run on CPU tensors, and is what kernels are tested against.
+"""
+
+from __future__ import annotations
+
+from .philox import philox4x32, random_bits
+from .rounding import QMAX, dequantise, quantise, round_to
+from .ssu import selective_state_update, ssu_step
+
+__all__ = [
+    "QMAX",
+    "dequantise",
+    "philox4x32",
+    "quantise",
+    "random_bits",
+    "round_to",
+    "selective_state_update",
+    "ssu_step",
+]

@@ -1,0 +1,82 @@
+"""Every SSMGEN_* variable, in one table.
+
+Settings are read when they are needed, never at import, so a test or a server may change the
+environment before its first call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError
+
+__all__ = ["VARIABLES", "Settings", "settings"]
+
+log = logging.getLogger("ssmgen")
+
+VARIABLES = {
+    "SSMGEN_CACHE_DIR": "The user store, read and written (default: $XDG_CACHE_HOME/ssmgen, "
+    "else ~/.cache/ssmgen).",
+    "SSMGEN_CACHE_PATH": "More stores, read-only, searched after the user store; "
+    "separated like PATH.",
+    "SSMGEN_INTERPRET": "1: on CPU tensors run the generated kernel in Triton's interpreter "
+    "instead of the PyTorch reference.",
+    "SSMGEN_BATCH_INVARIANT": "1: one plan for every batch size, so that results never depend on "
+    "the batch.",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parsed environment."""
+
+    cache_dir: Path | None
+    cache_path: tuple[Path, ...]
+    interpret: bool
+    batch_invariant: bool
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise ConfigError(f"{name}: {os.environ[name]!r} is not a switch; allowed: 0, 1")
+
+
+def _user_store() -> Path | None:
+    if named := os.environ.get("SSMGEN_CACHE_DIR"):
+        return Path(named).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "ssmgen"
+    try:
+        return Path.home() / ".cache" / "ssmgen"
+    except RuntimeError:
+        return None
+
+
+_memo: tuple[tuple[str | None, ...], Settings] | None = None
+
+
+def settings() -> Settings:
+    """The settings now; parsed again only when a variable has changed."""
+    global _memo
+    stamp = tuple(map(os.environ.get, (*VARIABLES, "XDG_CACHE_HOME", "HOME")))
+    memo = _memo
+    if memo is None or memo[0] != stamp:
+        for name in os.environ:
+            if name.startswith("SSMGEN_") and name not in VARIABLES:
+                log.warning("%s is set but ssmgen knows no such variable", name)
+        paths = os.environ.get("SSMGEN_CACHE_PATH", "").split(os.pathsep)
+        parsed = Settings(
+            cache_dir=_user_store(),
+            cache_path=tuple(Path(p).expanduser() for p in paths if p),
+            interpret=_flag("SSMGEN_INTERPRET"),
+            batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
+        )
+        _memo = memo = (stamp, parsed)
+    return memo[1]
