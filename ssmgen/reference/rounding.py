@@ -20,7 +20,6 @@ __all__ = ["QMAX", "dequantise", "quantise", "round_to"]
 QMAX = {torch.int16: 32767.0, torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 _SMALLEST_PEAK = 2.0**-100
-_E4M3_LARGEST = 0x7E
 # Powers of two that move the smallest normal number of a storage type onto that of fp32, so that
 # its subnormals are fp32 subnormals and the same number of bits is dropped everywhere.
 _FP16_TO_FP32 = 2.0**-112
@@ -97,14 +96,15 @@ def quantise(
     scale = (nonzero_peak * (1 / largest)).masked_fill(peak == 0, 1.0)
     scale = scale.masked_fill(~finite, torch.nan)
     noise = None if bits is None else _noise(bits)
+    exact = noise is not None and dtype != torch.float8_e4m3fn
+    wide = torch.float64 if exact else torch.float32
+    u = (v.to(wide) * encode.to(wide)).masked_fill(~finite, 0.0)
     if dtype == torch.float8_e4m3fn:
-        codes = _to_e4m3((v * encode).clamp(-largest, largest), noise)
+        codes = _to_e4m3(u.clamp(-largest, largest), noise)
     elif noise is None:
-        codes = (v * encode).round().masked_fill(~finite, 0.0).to(dtype)
+        codes = u.round().to(dtype)
     else:
-        exact = v.to(torch.float64) * encode.to(torch.float64)
-        codes = _floor_with_noise(exact, noise).clamp(-largest, largest)
-        codes = codes.masked_fill(~finite, 0.0).to(dtype)
+        codes = _floor_with_noise(u, noise).clamp(-largest, largest).to(dtype)
     return codes, scale.squeeze(-1)
 
 
@@ -138,11 +138,11 @@ def _floor_with_noise(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def _to_e4m3(u: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-    """fp32 in [-448, 448] to fp8 e4m3."""
+    """fp32 in [-448, 448] to fp8 e4m3; 448 is a code, so noise cannot carry into the NaN code."""
     if noise is None:
         return u.to(torch.float8_e4m3fn)
     pattern = (u * _E4M3_TO_FP32).view(torch.int32)
-    magnitude = (((pattern & 0x7FFFFFFF) + (noise << 4)) >> 20).clamp(max=_E4M3_LARGEST)
+    magnitude = ((pattern & 0x7FFFFFFF) + (noise << 4)) >> 20
     return (magnitude | ((pattern >> 24) & 0x80)).to(torch.uint8).view(torch.float8_e4m3fn)
 
 

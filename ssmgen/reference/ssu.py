@@ -76,7 +76,8 @@ def ssu_step(
         y = y + D.to(compute_dtype) * inputs
     if z is not None:
         gate = z.to(compute_dtype)
-        y = y * (gate * torch.sigmoid(gate))
+        # Not torch.sigmoid, whose bits on a CPU depend on where in the tensor an element lies.
+        y = y * (gate / (1 + torch.exp(-gate)))
     return y, h_new
 
 

@@ -268,9 +268,8 @@ def _strides_aligned(tensors: dict[str, torch.Tensor]) -> bool:
     return True
 
 
-def addresses_aligned(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether everything that can make use of it starts at a multiple of 16 bytes."""
-    return not any(tensors[n].data_ptr() % 16 for n in ("state", "B", "C", "A"))
+def _addresses_aligned(tensors: dict[str, torch.Tensor]) -> bool:
+    return not any(tensors[name].data_ptr() % 16 for name in _aligned_tensors(tensors))
 
 
 def layout(
@@ -302,7 +301,7 @@ def layout(
         philox_rounds=philox_rounds,
         algorithm=algorithm,
         pdl=pdl,
-        aligned=addresses_aligned(given),
+        aligned=_addresses_aligned(views),
     )
     used = set(given)
     if config.rounding != "stochastic":

@@ -1,0 +1,236 @@
+"""Time every plan of the single-token kernel, and write the dispatch table they earn.
+
+    python benchmarks/sweep.py --out benchmarks/results/sweep.json      measure (needs a GPU)
+    python benchmarks/sweep.py --table benchmarks/results/sweep.json    write cache/dispatch
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ssmgen.arch import Arch
+from ssmgen.config import KernelConfig
+from ssmgen.errors import ConfigError
+from ssmgen.families import spec
+from ssmgen.plan import Plan
+
+CELLS = [
+    (state, stochastic)
+    for state in ("fp32", "fp16", "bf16", "int16", "int8", "fp8_e4m3fn")
+    for stochastic in (False, True)
+    if state != "fp32" or not stochastic
+]
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
+TABLE = Path(__file__).parent.parent / "cache" / "dispatch" / "ssu.json"
+
+
+def candidates() -> list[Plan]:
+    def plan(algorithm: str, m: int, n: int, w: int, s: int = 1, split: int = 1) -> Plan:
+        return Plan(algorithm=algorithm, block_m=m, block_n=n, num_warps=w, num_stages=s,
+                    split=split)  # fmt: skip
+
+    simple = [plan("simple", m, 128, w) for m in (4, 8, 16, 32, 64) for w in (1, 2, 4, 8)]
+    vertical = [
+        plan("vertical", m, 128, w, s, split)
+        for m, w, s, split in itertools.product((8, 16), (1, 2), (2, 3, 4), (1, 2, 4))
+    ]
+    horizontal = [
+        plan("horizontal", 64, n, w, s)
+        for n, w, s in itertools.product((16, 32, 64), (2, 4, 8), (2, 3))
+    ]
+    return simple + vertical + horizontal
+
+
+def config_of(state: str, stochastic: bool, pdl: bool = False) -> KernelConfig:
+    return KernelConfig(
+        dtype="bf16", state_dtype=state, rounding="stochastic" if stochastic else "nearest", pdl=pdl
+    )
+
+
+def plans_of(config: KernelConfig, arch: Arch) -> list[Plan]:
+    """The distinct legal plans of a config, without hopeless ones."""
+    found: dict[Plan, None] = {}
+    for wanted in candidates():
+        try:
+            plan = spec(config.family).fit(config, wanted, arch)
+        except ConfigError:
+            continue
+        per_thread = plan.block_m * plan.block_n // (32 * plan.num_warps)
+        if 8 <= per_thread <= 128:
+            found[plan] = None
+    return list(found)
+
+
+def _compile(job: tuple[str, dict[str, Any], str]) -> None:
+    from ssmgen.kernel import build
+
+    build(KernelConfig.from_json(job[0]), Plan(**job[1]), Arch.of(job[2]))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    import torch
+    from harness import copy_bandwidth, environment, save, time_graph, warm_clocks
+    from problem import Problem
+
+    from ssmgen.kernel import build
+    from ssmgen.launcher import Launch, load
+
+    begin = time.time()
+    arch = Arch.detect()
+    cells = [c for c in CELLS if not arguments.cells or f"{c[0]}.{c[1]}" in arguments.cells]
+    jobs = [
+        (config.to_json(), plan.fields(), str(arch))
+        for config in (config_of(*cell) for cell in cells)
+        for plan in plans_of(config, arch)
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_compile, jobs, chunksize=8))
+    print(f"{len(jobs)} kernels in {time.time() - begin:.0f} s", flush=True)
+
+    warm_clocks()
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    results: dict[str, Any] = {}
+    stream = torch._C._cuda_getCurrentRawStream
+    for state, stochastic in cells:
+        config = config_of(state, stochastic)
+        loaded = [(plan, load(build(config, plan, arch), 0)) for plan in plans_of(config, arch)]
+        for batch in BATCHES:
+            if time.time() - begin > arguments.seconds:
+                print("out of time")
+                break
+            problem = Problem(batch, state, stochastic, pool_bytes=256 * 2**20)
+            family = spec("ssu")
+            times = {}
+            for plan, function in loaded:
+                described = family.layout(
+                    state=problem.pool, **problem.inputs, dt_softplus=True, out=problem.out,
+                    state_batch_indices=problem.indices[0], state_scale=problem.scale,
+                    rand_seed=problem.seed, philox_rounds=problem.philox_rounds,
+                )  # fmt: skip
+                grid = family.grid(config, plan, batch, problem.nheads)
+                launch = Launch(function, grid, described.scalars, False)
+                tensors = {
+                    "state": problem.pool, "state_scale": problem.scale, "out": problem.out,
+                    "rand_seed": problem.seed, **problem.inputs,
+                }  # fmt: skip
+
+                def run(i: int) -> None:
+                    tensors["state_batch_indices"] = problem.indices[i]
+                    launch(stream(0), *(tensors[n].data_ptr() for n in described.tensors))
+
+                if wrong := problem.verify(run, rows=2):
+                    print(f"WRONG {state} {plan}: {wrong}", flush=True)
+                    continue
+                count = problem.sets
+                times[str(plan)] = time_graph(
+                    [lambda i=i: run(i) for i in range(count)], replays=5
+                )
+            floor = problem.bytes / bandwidth * 1e6
+            best = sorted(times.items(), key=lambda item: item[1])
+            results[f"{state}.{'stochastic' if stochastic else 'nearest'}.{batch}"] = {
+                "heads": batch * problem.nheads,
+                "floor": floor,
+                "times": dict(best),
+            }
+            head = "  ".join(f"{name} {t:.2f}" for name, t in best[:3])
+            each = {}
+            for name, t in best:
+                each.setdefault(name.split()[0], f"{t:.2f}")
+            print(f"{state} {'SR' if stochastic else '  '} {batch:4} floor {floor:.2f} "
+                  f"{100 * floor / best[0][1]:.0f}% {head} | {each}", flush=True)  # fmt: skip
+            del problem
+    save(arguments.out, {"environment": environment(), "bandwidth": bandwidth, "cells": results})
+
+
+def table(path: str) -> None:
+    """Winners by bucket; a plan is kept over neighbouring batches unless it loses 1.5%."""
+    measured = json.loads(Path(path).read_text())
+    parsed = {str(plan): plan for plan in _all_plans()}
+    current = json.loads(TABLE.read_text())
+    by_cell: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for name, cell in measured["cells"].items():
+        key = name.rpartition(".")[0]
+        by_cell.setdefault(key, []).append((cell["heads"], cell["times"]))
+    rows = {}
+    for key, cells in by_cell.items():
+        cells.sort(key=lambda c: c[0])
+        chosen = _cover([times for _, times in cells], 1.01)
+        buckets: list[dict[str, Any]] = []
+        for (heads, _), plan in zip(cells, chosen):
+            entry = {k: v for k, v in parsed[plan].fields().items() if v != 1 or k == "num_warps"}
+            if buckets and buckets[-1]["plan"] == entry:
+                buckets[-1]["up_to_heads"] = heads
+            else:
+                buckets.append({"up_to_heads": heads, "plan": entry})
+        # A limit lies half-way, in ratio, between two measured sizes.
+        for bucket in buckets[:-1]:
+            bucket["up_to_heads"] = int(bucket["up_to_heads"] * 2**0.5)
+        del buckets[-1]["up_to_heads"]
+        rows[key] = buckets
+    current["auto"]["sm_90"] = rows
+    current["measured"] = {"sm_90": measured["environment"]}
+    TABLE.write_text(_compact(current))
+    print(TABLE.read_text())
+
+
+def _cover(cells: list[dict[str, float]], slack: float) -> list[str]:
+    """One plan a cell: near the best everywhere, changing as seldom as that allows."""
+    chosen: list[str] = []
+    start = 0
+    while start < len(cells):
+        good = None
+        end = start
+        while end < len(cells):
+            near = {p for p, t in cells[end].items() if t <= slack * min(cells[end].values())}
+            joint = near if good is None else good & near
+            if not joint:
+                break
+            good, end = joint, end + 1
+        assert good
+        pick = min(good, key=lambda p: sum(c[p] / min(c.values()) for c in cells[start:end]))
+        chosen += [pick] * (end - start)
+        start = end
+    return chosen
+
+
+def _all_plans() -> set[Plan]:
+    arch = Arch.of("sm_90")
+    return {plan for cell in CELLS for plan in plans_of(config_of(*cell), arch)}
+
+
+def _compact(value: dict[str, Any]) -> str:
+    """JSON with one bucket a line."""
+    text = json.dumps(value, indent=1)
+    lines: list[str] = []
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if depth >= 5:
+            lines[-1] += line.strip() if lines[-1].endswith(("{", "[")) else " " + line.strip()
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/sweep.json")
+    parser.add_argument("--table", metavar="RESULTS")
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--cells", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.table:
+        table(arguments.table)
+    else:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

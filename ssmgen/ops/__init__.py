@@ -1,0 +1,1 @@
+"""The tensor-level functions users call."""

@@ -1,0 +1,262 @@
+"""selective_state_update: the public op.
+
+One path from the user's tensors to a launch: the *layout* of a call (dtypes, shapes, strides,
+switches) is checked once against the contract (`ssmgen.families.ssu.contract`) and remembered;
+after that a call packs addresses and launches. The op is registered as
+``torch.ops.ssmgen.selective_state_update``; plain eager tensors take the same path without the
+dispatcher.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.compiler import is_compiling
+
+from ..errors import ArgumentTypeError, UnsupportedError
+from ..families.ssu.contract import ABI_TENSORS, layout, normalise
+from ..reference.ssu import selective_state_update as reference
+from ..settings import settings
+
+__all__ = ["selective_state_update"]
+
+Tensor = torch.Tensor
+
+try:
+    from torch._C import _cuda_getCurrentRawStream as _current_stream
+except ImportError:  # a torch built without CUDA
+
+    def _current_stream(device: int) -> int:
+        raise RuntimeError("this torch has no CUDA")
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: Tensor | None = None,
+    intermediate_state_indices: Tensor | None = None,
+    intermediate_state_scales: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    cache_steps: int = 0,
+    algorithm: str = "auto",
+    dst_state_batch_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    backend: str = "auto",
+    *,
+    pdl: bool = False,
+) -> Tensor:
+    """One decode step of Mamba2 (Dao and Gu 2024, "Transformers are SSMs") or Mamba1.
+
+    In fp32, per head::
+
+        dt' = softplus(dt + dt_bias)          softplus only if dt_softplus
+        h'  = exp(A dt') h + dt' B x
+        y   = <h', C> + D x                   times silu(z) if z is given
+
+    ``state`` is updated in place (rounded; y comes from the unrounded h') and ``out`` is written
+    and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl``.
+
+    Args:
+        state: (slots, nheads, dim, dstate) fp32, bf16, fp16, int16, int8 or float8_e4m3fn; slot
+            pitch is free, the rest packed. dim and dstate are multiples of 8 up to 512. Headless
+            (Mamba1) layouts drop nheads here and in every argument; dim is then unlimited.
+        x: (batch, nheads, dim) fp32, bf16 or fp16. With a token axis of one, (batch, 1, nheads,
+            dim), every per-row argument has one.
+        dt: (batch, nheads, dim), any float dtype.
+        A: (nheads, dim, dstate). A, dt, D and dt_bias expanded from one value per head (stride 0)
+            take the Mamba2 kernel, otherwise the Mamba1 one.
+        B, C: (batch, ngroups, dstate), dtype of x; ngroups divides nheads.
+        D, dt_bias: (nheads, dim), of one dtype, or None.
+        z: (batch, nheads, dim), dtype of x, or None.
+        state_batch_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used; None:
+            row i has slot i. Values other than ``pad_slot_id`` must be slots, each at most once.
+        pad_slot_id: a row of this slot touches no state; its output is that of a zero state.
+        dst_state_batch_indices: where h' goes instead of the source slot; ``pad_slot_id``: nowhere.
+        state_scale: (slots, nheads, dim) or (..., 1) fp32 decode scales of an integer or fp8 state.
+        out: like x; allocated if None.
+        disable_state_update: write no state.
+        rand_seed: one int64 on the device: round stochastically (docs/random-bits.md).
+        philox_rounds: rounds of the generator, 1 to 16.
+        algorithm: auto, simple, vertical or horizontal.
+        pdl: launch with programmatic dependent launch: the state, the index tables are read before
+            the kernel ahead of this one has finished (docs/semantics.md).
+
+    Returns:
+        out, of the shape of x.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError, ConfigError, DeviceError: before anything is
+            written; the message names argument, what was found and what is allowed.
+        UnsupportedError: for FlashInfer's multi-token arguments.
+    """
+    if (
+        intermediate_states_buffer is not None
+        or intermediate_state_indices is not None
+        or intermediate_state_scales is not None
+        or cu_seqlens is not None
+        or num_accepted_tokens is not None
+        or cache_steps
+    ):
+        raise UnsupportedError(
+            "intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, "
+            "cu_seqlens, num_accepted_tokens, cache_steps: multi-token calls are not supported; "
+            "pass one token a row"
+        )
+    if backend != "auto":
+        raise UnsupportedError(f"backend: {backend!r}; allowed: 'auto'")
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tensors = (
+        state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
+        dst_state_batch_indices, rand_seed,
+    )  # fmt: skip
+    switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl)
+    # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
+    if (
+        is_compiling()
+        or type(x) is not Tensor
+        or type(state) is not Tensor
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+    ):
+        torch.ops.ssmgen.selective_state_update(*tensors, *switches)
+    else:
+        _run(tensors, switches)
+    return out
+
+
+_SCHEMA = (
+    "selective_state_update(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x, Tensor dt, "
+    "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(c!) out, "
+    "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, Tensor? rand_seed, "
+    "bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, int philox_rounds, "
+    "str algorithm, bool pdl) -> ()"
+)
+
+_local = threading.local()
+
+
+def _run(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+    x = tensors[2]
+    if x.is_cuda:  # type: ignore[union-attr]
+        _run_cuda(tensors, switches)
+    else:
+        _run_cpu(tensors, switches)
+
+
+def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+    name: list[Any] = [switches]
+    for tensor in tensors:
+        if tensor is None:
+            name.append(None)
+        else:
+            name += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    pointers = [t.data_ptr() for t in tensors if t is not None]
+    name += (tensors[i].data_ptr() & 15 for i in _ALIGNED)  # type: ignore[union-attr]
+    key = tuple(name)
+    try:
+        launch, device, keep = _local.launches[key]
+    except (KeyError, AttributeError):
+        launch, device, keep = _prepare(key, tensors, switches)
+    if keep is not None:
+        pointers = [pointers[i] for i in keep]
+    if device == torch._C._cuda_getDevice():
+        launch(_current_stream(device), *pointers)
+    else:
+        with torch.cuda.device(device):
+            launch(_current_stream(device), *pointers)
+
+
+_ALIGNED = tuple(ABI_TENSORS.index(n) for n in ("state", "A", "B", "C"))
+
+# Layouts kept per thread; beyond it all are forgotten, which costs a check each to come back.
+MAX_LAYOUTS = 4096
+
+
+def _prepare(
+    key: Any, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]
+) -> tuple[Any, int, list[int] | None]:
+    from ..kernel import get_kernel
+
+    described = layout(**_arguments(tensors, switches))
+    device = tensors[0].device.index  # type: ignore[union-attr]
+    kernel = get_kernel(described.config, device=device)
+    launch = kernel.launch_for(described)
+    given = [n for n, t in zip(ABI_TENSORS, tensors) if t is not None]
+    keep = None
+    if len(given) != len(described.tensors):
+        keep = [given.index(n) for n in described.tensors]
+    launches = _local.__dict__.setdefault("launches", {})
+    if len(launches) >= MAX_LAYOUTS:
+        launches.clear()
+    launches[key] = found = (launch, device, keep)
+    return found
+
+
+def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+    arguments = _arguments(tensors, switches)
+    described = layout(**arguments)
+    if 0 in tensors[2].shape:  # type: ignore[union-attr]
+        return
+    if settings().interpret:
+        from ..interpreter import interpret
+
+        interpret(described, arguments)
+        return
+    views = normalise({n: t for n, t in zip(ABI_TENSORS, tensors) if t is not None})
+    config = described.config
+    reference(
+        **{n: t for n, t in views.items() if n != "rand_seed"},  # type: ignore[arg-type]
+        dt_softplus=arguments["dt_softplus"],
+        pad_slot_id=arguments["pad_slot_id"],
+        disable_state_update=arguments["disable_state_update"],
+        rand_seed=views.get("rand_seed") if config.rounding == "stochastic" else None,
+        philox_rounds=arguments["philox_rounds"],
+    )
+
+
+def _arguments(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> dict[str, Any]:
+    names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
+             "pdl")  # fmt: skip
+    for name, tensor in zip(ABI_TENSORS, tensors):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(f"{name}: found {type(tensor).__name__}; allowed: a tensor")
+    return {**dict(zip(ABI_TENSORS, tensors)), **dict(zip(names, switches))}
+
+
+def _dispatched(*arguments: Any) -> None:
+    count = len(ABI_TENSORS)
+    _run(arguments[:count], arguments[count:])
+
+
+def _fake(*arguments: Any) -> None:
+    count = len(ABI_TENSORS)
+    tensors = {n: t for n, t in zip(ABI_TENSORS, arguments[:count]) if t is not None}
+    views = normalise(tensors)
+    if views["x"].shape != views["out"].shape:
+        raise ArgumentTypeError("out: not of the shape of x")
+
+
+_library = torch.library.Library("ssmgen", "DEF")
+_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+_library.impl("selective_state_update", _dispatched, "CPU")
+_library.impl("selective_state_update", _dispatched, "CUDA")
+torch.library.register_fake("ssmgen::selective_state_update", _fake, lib=_library)
