@@ -1,12 +1,13 @@
 """Time every plan of the single-token kernel, and write the dispatch table they earn.
 
-    python benchmarks/sweep.py --out benchmarks/results/sweep.json      measure (needs a GPU)
-    python benchmarks/sweep.py --table benchmarks/results/sweep.json    write cache/dispatch
+python benchmarks/sweep.py --out benchmarks/results/sweep.json      measure (needs a GPU)
+python benchmarks/sweep.py --table benchmarks/results/sweep.json    write cache/dispatch
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -28,24 +29,25 @@ CELLS = [
     if state != "fp32" or not stochastic
 ]
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
+# A plan stays over neighbouring sizes as long as it is within 1% of the best.
+SLACK = 1.01
 TABLE = Path(__file__).parent.parent / "cache" / "dispatch" / "ssu.json"
 
 
 def candidates() -> list[Plan]:
-    def plan(algorithm: str, m: int, n: int, w: int, s: int = 1, split: int = 1) -> Plan:
-        return Plan(algorithm=algorithm, block_m=m, block_n=n, num_warps=w, num_stages=s,
-                    split=split)  # fmt: skip
+    def plans(algorithm: str, *axes: tuple[int, ...]) -> list[Plan]:
+        names = ("block_m", "block_n", "num_warps", "num_stages", "split")
+        return [
+            Plan(algorithm=algorithm, evict_first=evict, **dict(zip(names, values)))
+            for evict in (False, True)
+            for values in itertools.product(*axes)
+        ]
 
-    simple = [plan("simple", m, 128, w) for m in (4, 8, 16, 32, 64) for w in (1, 2, 4, 8)]
-    vertical = [
-        plan("vertical", m, 128, w, s, split)
-        for m, w, s, split in itertools.product((8, 16), (1, 2), (2, 3, 4), (1, 2, 4))
+    return [
+        *plans("simple", (4, 8, 16, 32, 64), (128,), (1, 2, 4, 8)),
+        *plans("vertical", (4, 8, 16), (128,), (1, 2), (1, 2, 3, 4), (1, 2, 4)),
+        *plans("horizontal", (64,), (16, 32, 64), (2, 4, 8), (2, 3)),
     ]
-    horizontal = [
-        plan("horizontal", 64, n, w, s)
-        for n, w, s in itertools.product((16, 32, 64), (2, 4, 8), (2, 3))
-    ]
-    return simple + vertical + horizontal
 
 
 def config_of(state: str, stochastic: bool, pdl: bool = False) -> KernelConfig:
@@ -74,13 +76,36 @@ def _compile(job: tuple[str, dict[str, Any], str]) -> None:
     build(KernelConfig.from_json(job[0]), Plan(**job[1]), Arch.of(job[2]))
 
 
+def runner(problem: Any, function: Any, config: KernelConfig, plan: Plan) -> Any:
+    """`run(i)`: one plan on slot set i of `problem`, without dispatch."""
+    from torch._C import _cuda_getCurrentRawStream as stream
+
+    from ssmgen.launcher import Launch
+
+    family = spec(config.family)
+    tensors = {
+        "state": problem.pool, "state_scale": problem.scale, "out": problem.out,
+        "rand_seed": problem.seed, "state_batch_indices": problem.indices[0], **problem.inputs,
+    }  # fmt: skip
+    described = family.layout(
+        **tensors, dt_softplus=True, philox_rounds=problem.philox_rounds, pdl=config.pdl
+    )
+    grid = family.grid(config, plan, problem.batch, problem.nheads)
+    launch = Launch(function, grid, described.scalars, False)
+
+    def run(i: int) -> None:
+        tensors["state_batch_indices"] = problem.indices[i]
+        launch(stream(0), *(tensors[n].data_ptr() for n in described.tensors))
+
+    return run
+
+
 def measure(arguments: argparse.Namespace) -> None:
-    import torch
     from harness import copy_bandwidth, environment, save, time_graph, warm_clocks
     from problem import Problem
 
     from ssmgen.kernel import build
-    from ssmgen.launcher import Launch, load
+    from ssmgen.launcher import load
 
     begin = time.time()
     arch = Arch.detect()
@@ -98,7 +123,6 @@ def measure(arguments: argparse.Namespace) -> None:
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     results: dict[str, Any] = {}
-    stream = torch._C._cuda_getCurrentRawStream
     for state, stochastic in cells:
         config = config_of(state, stochastic)
         loaded = [(plan, load(build(config, plan, arch), 0)) for plan in plans_of(config, arch)]
@@ -107,38 +131,22 @@ def measure(arguments: argparse.Namespace) -> None:
                 print("out of time")
                 break
             problem = Problem(batch, state, stochastic, pool_bytes=256 * 2**20)
-            family = spec("ssu")
             times = {}
             for plan, function in loaded:
-                described = family.layout(
-                    state=problem.pool, **problem.inputs, dt_softplus=True, out=problem.out,
-                    state_batch_indices=problem.indices[0], state_scale=problem.scale,
-                    rand_seed=problem.seed, philox_rounds=problem.philox_rounds,
-                )  # fmt: skip
-                grid = family.grid(config, plan, batch, problem.nheads)
-                launch = Launch(function, grid, described.scalars, False)
-                tensors = {
-                    "state": problem.pool, "state_scale": problem.scale, "out": problem.out,
-                    "rand_seed": problem.seed, **problem.inputs,
-                }  # fmt: skip
-
-                def run(i: int) -> None:
-                    tensors["state_batch_indices"] = problem.indices[i]
-                    launch(stream(0), *(tensors[n].data_ptr() for n in described.tensors))
-
+                run = runner(problem, function, config, plan)
                 if wrong := problem.verify(run, rows=2):
                     print(f"WRONG {state} {plan}: {wrong}", flush=True)
                     continue
-                count = problem.sets
-                times[str(plan)] = time_graph(
-                    [lambda i=i: run(i) for i in range(count)], replays=5
-                )
+                launches = [functools.partial(run, i) for i in range(problem.sets)]
+                times[str(plan)] = time_graph(launches, replays=5)
             floor = problem.bytes / bandwidth * 1e6
             best = sorted(times.items(), key=lambda item: item[1])
+            simple = [(n, t) for n, t in best if n.startswith("simple")]
             results[f"{state}.{'stochastic' if stochastic else 'nearest'}.{batch}"] = {
                 "heads": batch * problem.nheads,
-                "floor": floor,
-                "times": dict(best),
+                "floor": round(floor, 3),
+                "times": {n: round(t, 3) for n, t in best if t < 1.15 * best[0][1]},
+                "simple": {n: round(t, 3) for n, t in simple if t < 1.15 * simple[0][1]},
             }
             head = "  ".join(f"{name} {t:.2f}" for name, t in best[:3])
             each = {}
@@ -151,21 +159,25 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def table(path: str) -> None:
-    """Winners by bucket; a plan is kept over neighbouring batches unless it loses 1.5%."""
+    """Winners by bucket. With PDL only simple plans load the state early, so they compete alone."""
     measured = json.loads(Path(path).read_text())
     parsed = {str(plan): plan for plan in _all_plans()}
     current = json.loads(TABLE.read_text())
-    by_cell: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    by_key: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for name, cell in measured["cells"].items():
         key = name.rpartition(".")[0]
-        by_cell.setdefault(key, []).append((cell["heads"], cell["times"]))
+        by_key.setdefault(key, []).append((cell["heads"], cell["times"]))
+        by_key.setdefault(f"{key}.pdl", []).append((cell["heads"], cell["simple"]))
     rows = {}
-    for key, cells in by_cell.items():
-        cells.sort(key=lambda c: c[0])
-        chosen = _cover([times for _, times in cells], 1.01)
+    for key, cells in by_key.items():
+        cells.sort(key=lambda cell: cell[0])
+        chosen = _cover([times for _, times in cells], SLACK)
         buckets: list[dict[str, Any]] = []
         for (heads, _), plan in zip(cells, chosen):
-            entry = {k: v for k, v in parsed[plan].fields().items() if v != 1 or k == "num_warps"}
+            fields = parsed[plan].fields()
+            entry = {
+                k: v for k, v in fields.items() if k == "num_warps" or (v and v != 1) or v is True
+            }
             if buckets and buckets[-1]["plan"] == entry:
                 buckets[-1]["up_to_heads"] = heads
             else:
@@ -177,8 +189,7 @@ def table(path: str) -> None:
         rows[key] = buckets
     current["auto"]["sm_90"] = rows
     current["measured"] = {"sm_90": measured["environment"]}
-    TABLE.write_text(_compact(current))
-    print(TABLE.read_text())
+    TABLE.write_text(_compact(current) + "\n")
 
 
 def _cover(cells: list[dict[str, float]], slack: float) -> list[str]:
@@ -206,17 +217,18 @@ def _all_plans() -> set[Plan]:
     return {plan for cell in CELLS for plan in plans_of(config_of(*cell), arch)}
 
 
-def _compact(value: dict[str, Any]) -> str:
+def _compact(value: Any, indent: str = "") -> str:
     """JSON with one bucket a line."""
-    text = json.dumps(value, indent=1)
-    lines: list[str] = []
-    for line in text.splitlines():
-        depth = len(line) - len(line.lstrip())
-        if depth >= 5:
-            lines[-1] += line.strip() if lines[-1].endswith(("{", "[")) else " " + line.strip()
-        else:
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+    inner = indent + "  "
+    if isinstance(value, list):
+        lines = ",\n".join(inner + json.dumps(item) for item in value)
+        return f"[\n{lines}\n{indent}]"
+    if isinstance(value, dict) and any(isinstance(v, (dict, list)) for v in value.values()):
+        lines = ",\n".join(
+            f"{inner}{json.dumps(k)}: {_compact(v, inner)}" for k, v in value.items()
+        )
+        return f"{{\n{lines}\n{indent}}}"
+    return json.dumps(value)
 
 
 def main() -> None:

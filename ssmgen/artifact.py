@@ -23,7 +23,7 @@ FILES = ("kernel.cubin", "source.py")
 @dataclass(frozen=True)
 class Artifact:
     """``manifest`` holds key, factors, toolchain, entry, arguments, scratch_pointers, num_warps,
-    shared, registers, spills and, per file, size and sha256."""
+    shared, registers, spills, size and sha256 of each file, and its own sha256."""
 
     manifest: dict[str, Any]
     cubin: bytes
@@ -36,7 +36,8 @@ class Artifact:
             name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             for name, data in zip(FILES, (cubin, source.encode()))
         }
-        return cls({**description, "files": files}, cubin, source)
+        manifest = {**description, "files": files}
+        return cls({**manifest, "sha256": _digest(manifest)}, cubin, source)
 
     def contents(self) -> dict[str, bytes]:
         """The files of a store entry, the manifest last."""
@@ -51,6 +52,9 @@ class Artifact:
         """Rebuild from an entry's files. Raises `StoreError` saying what is wrong with them."""
         try:
             manifest = json.loads(contents["manifest.json"])
+            body = {name: value for name, value in manifest.items() if name != "sha256"}
+            if manifest["sha256"] != _digest(body):
+                raise StoreError("manifest.json: its digest differs from what it says")
             for name in FILES:
                 found = contents[name]
                 claimed = manifest["files"][name]
@@ -60,8 +64,7 @@ class Artifact:
                     raise StoreError(f"{name}: digest differs from the manifest's")
             if manifest["key"] != key:
                 raise StoreError(f"manifest.json: entry of another key, {manifest['key']}")
-            factors = hashlib.sha256(canonical_json(manifest["factors"]).encode()).hexdigest()
-            if factors != key:
+            if _digest(manifest["factors"]) != key:
                 raise StoreError("manifest.json: its factors do not hash to its key")
             if manifest["factors"]["abi"] != abi:
                 raise StoreError(f"manifest.json: ABI {manifest['factors']['abi']}, not {abi}")
@@ -70,3 +73,7 @@ class Artifact:
             return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode())
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StoreError(f"manifest.json: malformed ({error!r})") from None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

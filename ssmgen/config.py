@@ -176,11 +176,11 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     elif meta.get("kind") is bool:
         if not isinstance(value, bool):
             raise ConfigTypeError(f"{field.name}: {value!r} is not a bool; allowed: True, False")
-    elif meta.get("kind") is int and value is not None:
+    elif meta.get("kind") is int and not (value is None and field.default is None):
         low, high, step = meta["range"]
+        allowed = f"{low} to {high}" + (f" in multiples of {step}" if step > 1 else "")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigTypeError(f"{field.name}: {value!r} is not an int")
+            raise ConfigTypeError(f"{field.name}: {value!r} is not an int; allowed: {allowed}")
         if not low <= value <= high or value % step:
-            multiples = f" in multiples of {step}" if step > 1 else ""
-            KernelConfig.reject(field.name, value, f"{low} to {high}{multiples}")
+            KernelConfig.reject(field.name, value, allowed)
     return value

@@ -71,12 +71,15 @@ def _interpreting() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
     from triton.runtime.jit import JITFunction
 
-    saved: list[tuple[Any, str, Any]] = []
+    # Triton does not undo what it patches when a kernel calls a device function, so that no kernel
+    # could be compiled afterwards: all of it is put back from here.
+    patched = (tl, tl.core, tl.math, tl.standard, tl.random, tl.tensor, tl.dtype,
+               tl.core.tensor_descriptor_base)  # fmt: skip
+    saved = [(namespace, dict(vars(namespace))) for namespace in patched]
     memo: dict[int, Any] = {}
     for module in (tl, tl.standard, tl.random):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
-                saved.append((module, name, value))
                 setattr(module, name, memo.setdefault(id(value), InterpretedFunction(value.fn)))
     original = interpreter_builder.cast_impl
     floats = {
@@ -105,5 +108,9 @@ def _interpreting() -> Iterator[None]:
         yield
     finally:
         del interpreter_builder.cast_impl, interpreter_builder.create_fp_to_fp
-        for module, name, value in saved:
-            setattr(module, name, value)
+        for namespace, before in saved:
+            for name, value in list(vars(namespace).items()):
+                if name not in before:
+                    delattr(namespace, name)
+                elif before[name] is not value:
+                    setattr(namespace, name, before[name])

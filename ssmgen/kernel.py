@@ -157,13 +157,12 @@ class Kernel:
 
         The tensors must stay alive and in place as long as the function is used.
         """
-        from torch._C import _cuda_getCurrentRawStream as current_stream
-
         described = {**self._switches(), **arguments}
         layout = spec(self.config.family).layout(**described)
         launch = self.launch_for(layout)
         device = self._device_of(arguments[layout.tensors[0]])
         addresses = [arguments[name].data_ptr() for name in layout.tensors]
+        from torch._C import _cuda_getCurrentRawStream as current_stream
 
         def bound() -> None:
             launch(current_stream(device), *addresses)

@@ -28,7 +28,8 @@ class Plan:
 
     A program works on tiles of ``block_m`` rows of ``dim`` by ``block_n`` columns of ``dstate``
     with ``num_warps`` warps and, where it walks, ``num_stages`` tiles in flight. ``split``
-    programs share the rows of one head in the vertical algorithm.
+    programs share the rows of one head in the vertical algorithm. With ``evict_first`` the new
+    state is the first to leave the L2.
     """
 
     algorithm: str
@@ -37,9 +38,10 @@ class Plan:
     num_warps: int
     num_stages: int = 1
     split: int = 1
+    evict_first: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[1:]:
+        for field in dataclasses.fields(self)[1:-1]:
             value = getattr(self, field.name)
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 if field.name == "num_stages" and isinstance(value, int) and value > 0:
@@ -56,6 +58,8 @@ class Plan:
             text += f" stages={self.num_stages}"
         if self.split > 1:
             text += f" split={self.split}"
+        if self.evict_first:
+            text += " evict_first"
         return text
 
 

@@ -123,6 +123,7 @@ def selective_state_update(
     if backend != "auto":
         raise UnsupportedError(f"backend: {backend!r}; allowed: 'auto'")
     if out is None:
+        _require_tensor("x", x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tensors = (
         state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
@@ -137,6 +138,8 @@ def selective_state_update(
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
     ):
+        for name, tensor in zip(ABI_TENSORS, tensors):
+            _require_tensor(name, tensor)
         torch.ops.ssmgen.selective_state_update(*tensors, *switches)
     else:
         _run(tensors, switches)
@@ -185,7 +188,7 @@ def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> 
             launch(_current_stream(device), *pointers)
 
 
-_ALIGNED = tuple(ABI_TENSORS.index(n) for n in ("state", "A", "B", "C"))
+_ALIGNED = tuple(ABI_TENSORS.index(n) for n in ("state", "x", "A", "B", "C"))
 
 # Layouts kept per thread; beyond it all are forgotten, which costs a check each to come back.
 MAX_LAYOUTS = 4096
@@ -237,9 +240,13 @@ def _arguments(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) ->
     names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
              "pdl")  # fmt: skip
     for name, tensor in zip(ABI_TENSORS, tensors):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(f"{name}: found {type(tensor).__name__}; allowed: a tensor")
+        _require_tensor(name, tensor)
     return {**dict(zip(ABI_TENSORS, tensors)), **dict(zip(names, switches))}
+
+
+def _require_tensor(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
 
 
 def _dispatched(*arguments: Any) -> None:

@@ -6,10 +6,11 @@ It runs on any device, is what the ops run on CPU tensors, and is what kernels a
 from __future__ import annotations
 
 from .philox import philox4x32, random_bits
-from .rounding import QMAX, dequantise, quantise, round_to
+from .rounding import PEAK, QMAX, dequantise, quantise, round_to
 from .ssu import selective_state_update, ssu_step
 
 __all__ = [
+    "PEAK",
     "QMAX",
     "dequantise",
     "philox4x32",

@@ -15,10 +15,12 @@ import torch
 
 from ..errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["QMAX", "dequantise", "quantise", "round_to"]
+__all__ = ["PEAK", "QMAX", "dequantise", "quantise", "round_to"]
 
 QMAX = {torch.int16: 32767.0, torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
+# What a row's peak encodes as: a little below the largest code, so that no rounding passes it.
+PEAK = {dtype: largest * (1 - 2.0**-21) for dtype, largest in QMAX.items()}
 _SMALLEST_PEAK = 2.0**-100
 # Powers of two that move the smallest normal number of a storage type onto that of fp32, so that
 # its subnormals are fp32 subnormals and the same number of bits is dropped everywhere.
@@ -66,8 +68,9 @@ def quantise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode rows as int16, int8 or fp8 e4m3 with one fp32 decode scale per row.
 
-    With m = max|v| over the last axis, m' = max(m, 2**-100) and QMAX the largest code, values are
-    multiplied by ``fp32(QMAX / m')`` and the scale is ``fp32(m' * fp32(1 / QMAX))``. A row of
+    With m = max|v| over the last axis, m' = max(m, 2**-100) and PEAK the largest code less one
+    part in 2**21, values are multiplied by ``fp32(PEAK / m')`` and the scale is
+    ``fp32(m' * fp32(1 / PEAK))``. A row of
     zeros has scale 1 and zero codes (fp8 keeps the sign of each zero). A row that holds a NaN or
     an infinity is poisoned: its scale is NaN, its codes are unspecified.
 
@@ -92,8 +95,8 @@ def quantise(
     nonzero_peak = peak.clamp(min=_SMALLEST_PEAK)
     # Not `largest / nonzero_peak`: torch computes number / tensor as reciprocal times number,
     # which rounds twice.
-    encode = torch.div(torch.full_like(nonzero_peak, largest), nonzero_peak)
-    scale = (nonzero_peak * (1 / largest)).masked_fill(peak == 0, 1.0)
+    encode = torch.div(torch.full_like(nonzero_peak, PEAK[dtype]), nonzero_peak)
+    scale = (nonzero_peak * (1 / PEAK[dtype])).masked_fill(peak == 0, 1.0)
     scale = scale.masked_fill(~finite, torch.nan)
     noise = None if bits is None else _noise(bits)
     exact = noise is not None and dtype != torch.float8_e4m3fn

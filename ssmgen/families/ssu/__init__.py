@@ -44,7 +44,7 @@ class Ssu(Family):
         pointers = keep(
             (True, Argument("state", f"*{c.state_dtype}", align)),
             (scaled, Argument("state_scale", "*fp32")),
-            (True, Argument("x", f"*{io}")),
+            (True, Argument("x", f"*{io}", align)),
             (True, Argument("dt", f"*{c.dt_dtype}")),
             (True, Argument("A", f"*{c.a_dtype}", align if untied else 1)),
             (True, Argument("B", f"*{io}", align)),
@@ -60,30 +60,30 @@ class Ssu(Family):
         integers = keep(
             (True, stride("state_slot_stride", "i64", c.state_dtype)),
             (scaled, stride("scale_slot_stride", "i64")),
-            (True, stride("x_row_stride", "i64")),
-            (True, stride("x_head_stride", "i32")),
-            (True, stride("dt_row_stride", "i64")),
+            (True, stride("x_row_stride", "i32", io)),
+            (True, stride("x_head_stride", "i32", io)),
+            (True, stride("dt_row_stride", "i32")),
             (True, stride("dt_head_stride", "i32")),
             (untied, stride("dt_dim_stride", "i32")),
             (True, stride("A_head_stride", "i32", c.a_dtype if untied else None)),
             (untied, stride("A_dim_stride", "i32", c.a_dtype)),
             (untied and not c.aligned, stride("A_dstate_stride", "i32")),
-            (True, stride("B_row_stride", "i64", io)),
+            (True, stride("B_row_stride", "i32", io)),
             (True, stride("B_group_stride", "i32", io)),
-            (True, stride("C_row_stride", "i64", io)),
+            (True, stride("C_row_stride", "i32", io)),
             (True, stride("C_group_stride", "i32", io)),
             (c.has_d, stride("D_head_stride", "i32")),
             (c.has_d and untied, stride("D_dim_stride", "i32")),
-            (c.has_z, stride("z_row_stride", "i64")),
+            (c.has_z, stride("z_row_stride", "i32")),
             (c.has_z, stride("z_head_stride", "i32")),
             (c.has_dt_bias, stride("dt_bias_head_stride", "i32")),
             (c.has_dt_bias and untied, stride("dt_bias_dim_stride", "i32")),
-            (True, stride("out_row_stride", "i64")),
+            (True, stride("out_row_stride", "i32")),
             (True, stride("out_head_stride", "i32")),
-            (indexed, stride("slots_stride", "i64")),
-            (c.has_dst, stride("dst_slots_stride", "i64")),
+            (indexed, stride("slots_stride", "i32")),
+            (c.has_dst, stride("dst_slots_stride", "i32")),
             (indexed, stride("pad_slot_id", "i64")),
-            (True, stride("group_recip", "i64")),
+            (True, stride("group_recip", "u32")),
         )
         return pointers + integers
 
@@ -139,6 +139,7 @@ class Ssu(Family):
             num_warps=warps,
             num_stages=stages,
             split=split,
+            evict_first=plan.evict_first,
         )
 
     def limit(self, config: SsuConfig, heads: int) -> int:  # type: ignore[override]

@@ -22,7 +22,7 @@ class SsuConfig(KernelConfig, family="ssu"):
     fp8 states have them, others do not. philox_rounds: 10 unless given when rounding is
     stochastic, else 0. tie_hdim: dt, A, D, dt_bias hold one value per head (Mamba2); else one per
     row (and for A per element). index_dtype: of state_batch_indices, None if slots are batch rows.
-    aligned: state, B and C (and A unless tied) start and step at multiples of 16 bytes.
+    aligned: state, x, B and C (and A unless tied) start and step at multiples of 16 bytes.
     """
 
     family: str = choice("ssu", ("ssu",))
@@ -45,9 +45,6 @@ class SsuConfig(KernelConfig, family="ssu"):
     update_state: bool = flag(True)
 
     def check(self) -> None:
-        for name in ("dim", "dstate"):
-            if getattr(self, name) is None:
-                self.reject(name, None, "8 to 512 in multiples of 8")
         if self.dt_dtype is None:
             self.resolve("dt_dtype", self.weight_dtype)
         scaled = self.state_dtype in SCALED

@@ -235,8 +235,9 @@ def _check_strides(tensors: dict[str, torch.Tensor], dim: int, dstate: int) -> N
     for name in ("x", "z", "out", "B", "C"):
         packed(name, (1,), "a last stride of 1; the others are free")
     for name, tensor in tensors.items():
-        if name != "state" and any(abs(s) >= 2**31 for s in tensor.stride()[1:]):
-            _fail(name, f"strides {tensor.stride()}", "inner strides below 2^31")
+        span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape) if n)
+        if name not in ("state", "state_scale") and span >= 2**31:
+            _fail(name, f"strides {tensor.stride()}", "a span below 2^31 elements")
         if any(s < 0 for s in tensor.stride()):
             _fail(name, f"strides {tensor.stride()}", "no negative stride")
     for name in ("state", "out", "state_scale"):
@@ -253,7 +254,7 @@ def _tied(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def _aligned_tensors(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    return ("state", "B", "C") if _tied(tensors) else ("state", "B", "C", "A")
+    return ("state", "x", "B", "C") if _tied(tensors) else ("state", "x", "B", "C", "A")
 
 
 def _strides_aligned(tensors: dict[str, torch.Tensor]) -> bool:
@@ -329,7 +330,7 @@ def _scalars(
     heads_a_group = views["x"].shape[1] // views["B"].shape[1]
     values = {
         "pad_slot_id": pad_slot_id,
-        "group_recip": -(-(2**32) // heads_a_group),
+        "group_recip": -(-(2**31) // heads_a_group),
         "slots_stride": 0,
         "dst_slots_stride": 0,
     }

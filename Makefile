@@ -1,0 +1,54 @@
+# Every target works from a bare clone: it makes .venv if it has to, then does its job. Where
+# $(PYTHON) already has a torch that sees a GPU, demo, test, test-gpu and bench run on it as it is.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+ifneq ($(filter demo test test-gpu bench golden,$(MAKECMDGOALS)),)
+SEES_GPU := $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo yes)
+endif
+
+ifeq ($(SEES_GPU),yes)
+RUN := PYTHONPATH=$(CURDIR)$(addprefix :,$(PYTHONPATH)) $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench golden clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test,dev,cuda]'
+	@touch $@
+
+demo: $(READY)  ## Render, compile, cache and run a kernel, and check its answer.
+	@SSMGEN_CACHE_DIR=$(CURDIR)/cache/store $(RUN) -c 'from ssmgen.cli import main; main()' demo
+
+test: $(READY)  ## Run the tests that need no GPU.
+	@$(RUN) -m pytest -n 2 -m 'not gpu'
+
+test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'
+	@$(RUN) -m pytest -m gpu tests/gpu
+
+bench: $(READY)  ## Measure the op on this GPU; writes benchmarks/results/.
+	@$(RUN) benchmarks/ssu.py
+
+golden: $(READY)  ## Write tests/golden anew after a change of a template; read the diff.
+	@$(RUN) -m pytest --update-golden tests/golden/test_golden.py
+
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy.
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean:  ## Remove .venv, the checkout's store and all caches.
+	rm -rf $(VENV) cache/store dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,287 @@
+"""One kernel on real input: a Mamba2 layer's shapes and distributions, judged against fp64.
+
+What an answer may be off by is derived, not fitted: half a unit in the last place of its storage
+(one where it is rounded stochastically) plus a bound on the fp32 arithmetic before.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..arch import Arch
+from ..families.ssu.config import SCALED, SsuConfig
+from ..families.ssu.contract import layout
+from ..plan import Plan, dispatch
+from ..reference import QMAX, quantise, ssu_step
+
+__all__ = ["POOL_BYTES", "Trial", "Verdict", "copy_bandwidth", "measure"]
+
+# More than any L2, so that a slot set is out of it when its turn comes again.
+POOL_BYTES = 512 * 2**20
+
+EPS = 2.0**-24  # half a unit in the last place of fp32, relative
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors in units: that of the storage dtype at the exact value, or 2^-23 of the sum of the
+    magnitudes of all added terms where that is larger. ``share`` is the largest error as a share
+    of what arithmetic allows; above 1 is wrong."""
+
+    out_max: float
+    out_mean: float
+    state_max: float
+    state_mean: float
+    share: float
+    wrong: tuple[str, ...]
+
+    def errors(self) -> dict[str, float]:
+        """The numbers."""
+        return {k: v for k, v in asdict(self).items() if k != "wrong"}
+
+
+def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One unit in the last place of `dtype` at fp64 `values`; subnormals have the smallest."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values.abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.full_like(values, info.eps / 2), exponent)
+
+
+class Trial:
+    """The arguments of calls on ``sets`` disjoint sets of slots of one pool."""
+
+    def __init__(
+        self,
+        config: SsuConfig,
+        batch: int,
+        nheads: int,
+        ngroups: int,
+        device: str,
+        pool_bytes: int = 0,
+    ) -> None:
+        self.config, self.batch, self.nheads = config, batch, nheads
+        dim, dstate = config.dim, config.dstate
+        generator = torch.Generator(device).manual_seed(20)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+        dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
+                                "fp8_e4m3fn": "float8_e4m3fn"}.get(config.state_dtype,
+                                                                  config.state_dtype))  # fmt: skip
+        slot_bytes = nheads * dim * dstate * dtype.itemsize
+        self.sets = max(2, -(-pool_bytes // (batch * slot_bytes)))
+        slots = self.sets * batch + 1  # slot 0 is nobody's
+        self.state = torch.empty(slots, nheads, dim, dstate, dtype=dtype, device=device)
+        self.scale: torch.Tensor | None = None
+        if config.state_dtype in SCALED:
+            self.scale = torch.empty(slots, nheads, dim, device=device)
+        for first in range(0, slots, 32):
+            part = slice(first, min(first + 32, slots))
+            values = randn(part.stop - first, nheads, dim, dstate)
+            if self.scale is None:
+                self.state[part] = values
+            else:
+                codes, self.scale[part] = quantise(values, dtype)
+                self.state[part] = codes
+
+        # The layer convolves and gates one projection; x, B and C are views of it.
+        silu = torch.nn.functional.silu
+        packed = silu(randn(batch, nheads * dim + 2 * ngroups * dstate)).bfloat16()
+        x, B, C = packed.split([nheads * dim, ngroups * dstate, ngroups * dstate], dim=-1)
+        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1] and A uniform in [-16, -1], as Mamba2
+        # initialises them.
+        step = uniform(-6.907755, -2.302585, nheads).exp()
+        bias = step + torch.log(-torch.expm1(-step))
+        self.inputs = {
+            "x": x.unflatten(-1, (nheads, dim)),
+            "dt": (0.1 * randn(batch, nheads))[:, :, None].expand(-1, -1, dim),
+            "A": uniform(-16, -1, nheads)[:, None, None].expand(-1, dim, dstate),
+            "B": B.unflatten(-1, (ngroups, dstate)),
+            "C": C.unflatten(-1, (ngroups, dstate)),
+            "D": uniform(0.5, 1.5, nheads)[:, None].expand(-1, dim),
+            "dt_bias": bias[:, None].expand(-1, dim),
+        }
+        order = torch.randperm(slots - 1, generator=generator, device=device) + 1
+        self.slots = order.reshape(self.sets, batch)
+        self.out = torch.empty(batch, nheads, dim, dtype=torch.bfloat16, device=device)
+        self.seed = None
+        if config.rounding == "stochastic":
+            self.seed = torch.tensor([20], device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes a call must move: state and scales in and out, inputs, output."""
+        row = self.state[0].numel() * self.state.itemsize
+        if self.scale is not None:
+            row += self.scale[0].numel() * 4
+        inputs = sum(t.untyped_storage().nbytes() for t in self.inputs.values())
+        packed = self.inputs["x"].untyped_storage().nbytes()  # shared by x, B and C
+        return 2 * self.batch * row + inputs - 2 * packed + self.out.nbytes + self.slots[0].nbytes
+
+    def arguments(self, which: int) -> dict[str, Any]:
+        """What to call the op with, on slot set `which`."""
+        return {
+            "state": self.state,
+            **self.inputs,
+            "dt_softplus": True,
+            "state_batch_indices": self.slots[which],
+            "state_scale": self.scale,
+            "rand_seed": self.seed,
+            "philox_rounds": self.config.philox_rounds or 10,
+            "out": self.out,
+        }
+
+    def plan(self, arch: Arch | str) -> Plan:
+        """The plan that serves these calls on `arch`."""
+        work = self.batch * self.nheads
+        choices = dispatch(self.config, Arch.of(arch))
+        return next(c.plan for c in choices if c.limit is None or work <= c.limit)
+
+    def interpret(self, arch: Arch | str) -> None:
+        """Run slot set 0 in Triton's interpreter, as `arch` would."""
+        from ..interpreter import interpret
+
+        arguments = self.arguments(0)
+        interpret(layout(**arguments), arguments, plan=self.plan(arch), arch=arch)
+
+    def launch(self, which: int) -> None:
+        """The op, as an engine calls it."""
+        from ..ops.ssu import selective_state_update
+
+        selective_state_update(**self.arguments(which))
+
+    def judge(self, run: Callable[[], Any], rows: int = 8) -> Verdict:
+        """Run slot set 0 and compare the first `rows` rows with fp64, and that no other slot has
+        changed."""
+        keep = min(rows, self.batch)
+        slots = self.slots[0, :keep]
+        inputs = {k: v[:keep] if k in ("x", "dt", "B", "C") else v for k, v in self.inputs.items()}
+        h = self._decoded(slots)
+        y, exact = ssu_step(h, **inputs, dt_softplus=True, compute_dtype=torch.float64)
+        # The same recurrence on magnitudes gives the sum of the magnitudes of all terms.
+        sizes = {k: v if k in ("dt", "A", "dt_bias") else v.abs() for k, v in inputs.items()}
+        y_terms, terms = ssu_step(h.abs(), **sizes, dt_softplus=True, compute_dtype=torch.float64)
+        others = torch.ones(len(self.state), dtype=torch.bool, device=self.state.device)
+        others[self.slots[0]] = False
+        before = self._raw()[others].clone()
+
+        self.out.fill_(torch.nan)
+        run()
+
+        wrong = []
+        if not torch.isfinite(self.out).all():
+            wrong.append("the output is not finite everywhere")
+        if not torch.equal(before, self._raw()[others]):
+            wrong.append("a slot that was not named has changed")
+        slack = self._relative_error(inputs)
+        state_off = (self._decoded(slots) - exact).abs()
+        slack_h = slack * terms + 2 * EPS * exact.abs()
+        if self.scale is not None:
+            slack_h += 10 * EPS * exact.abs()  # encode, scale, and their product
+            if fault := self._scale_fault(slots, exact, slack_h):
+                wrong.append(fault)
+        unit = self._unit(slots, exact.abs() + slack_h)
+        stochastic = self.config.rounding == "stochastic"
+        state_share = state_off / ((1.0 if stochastic else 0.5) * unit + slack_h)
+
+        out_off = (self.out[:keep].double() - y).abs()
+        # Each sum of dstate products in any order, then D x, then the store.
+        slack_y = (slack[..., 0] + (self.config.dstate + 3) * EPS) * y_terms
+        out_unit = ulp(y.abs() + slack_y, torch.bfloat16)
+        out_share = out_off / (0.5 * out_unit + slack_y)
+
+        out_units = out_off / torch.maximum(out_unit, 2 * EPS * y_terms)
+        state_units = state_off / torch.maximum(unit, 2 * EPS * terms)
+        for name, share, units in (
+            ("output", out_share, out_units),
+            ("state", state_share, state_units),
+        ):
+            if not share.max() <= 1:  # NaN fails too
+                wrong.append(
+                    f"the {name} is off by {units.max():.2f} units, "
+                    f"{share.max():.3g} times what arithmetic allows"
+                )
+        return Verdict(
+            out_max=float(out_units.max()),
+            out_mean=float(out_units.mean()),
+            state_max=float(state_units.max()),
+            state_mean=float(state_units.mean()),
+            share=float(torch.maximum(out_share.max(), state_share.max())),
+            wrong=tuple(wrong),
+        )
+
+    def _raw(self) -> torch.Tensor:
+        return self.state.view(torch.uint8)
+
+    def _decoded(self, slots: torch.Tensor) -> torch.Tensor:
+        stored = self._raw()[slots].view(self.state.dtype).double()
+        return stored if self.scale is None else stored * self.scale[slots].double()[..., None]
+
+    def _relative_error(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Bound on the error of every term of h', relative to it: (batch, nheads, 1, 1)."""
+        dt, bias, A = (inputs[k][..., 0].double() for k in ("dt", "dt_bias", "A"))
+        v = dt + bias
+        # exp(v) is off by 2|v| + 4 units of EPS (the argument times log2 e, ex2.approx), v itself
+        # by |v|, and the rest of softplus by 8.
+        step = 3 * v.abs() + 12
+        growth = (A[..., 0] * torch.nn.functional.softplus(v)).abs()
+        decay = growth * (step + 3) + 5
+        return (torch.maximum(decay, step + 2) + 1)[..., None, None] * EPS
+
+    def _unit(self, slots: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            return ulp(size, self.state.dtype)
+        scale = self.scale[slots].double()[..., None]
+        if self.config.state_dtype != "fp8_e4m3fn":
+            return scale.expand_as(size)
+        return ulp(size / scale, self.state.dtype) * scale
+
+    def _scale_fault(
+        self, slots: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor
+    ) -> str | None:
+        assert self.scale is not None
+        largest = QMAX[self.state.dtype]
+        found = self.scale[slots].double()
+        expected = exact.abs().amax(-1) / largest
+        # The peak is encoded 2^-21 below the largest code.
+        if ((found - expected).abs() <= 2.0**-20 * expected + slack.amax(-1) / largest).all():
+            return None
+        return "a scale is not that of its row's largest element"
+
+
+def measure(launches: Sequence[Callable[[], Any]], replays: int = 7) -> float:
+    """Seconds a launch: the median replay of one CUDA graph that holds all of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launches[0]()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for launch in launches:
+                launch()
+        times = []
+        for _ in range(replays + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+    torch.cuda.current_stream().wait_stream(stream)
+    return statistics.median(times[1:]) / len(launches)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of an in-place elementwise pass over 1 GiB."""
+    data = torch.randn(2**28, device="cuda")
+    seconds = measure([lambda: data.mul_(0.999)] * 8, replays=30)
+    return 2 * data.nbytes / seconds

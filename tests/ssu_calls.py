@@ -1,0 +1,425 @@
+"""Calls of selective_state_update: built in every layout, run in the interpreter, and verified.
+
+`verify` derives its bounds from the arithmetic of one fp32 evaluation. Rounding is monotone for
+fixed random bits, so what is stored must lie between the rounded ends of the interval in which the
+kernel's fp32 value lies; where the two ends agree, the stored bits are determined.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ssmgen import Plan
+from ssmgen.families.ssu.contract import layout, normalise
+from ssmgen.interpreter import interpret
+from ssmgen.reference import PEAK, QMAX, quantise, random_bits, round_to, ssu_step
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+SCALED = ("int16", "int8", "fp8_e4m3fn")
+ALGORITHMS = ("simple", "vertical", "horizontal")
+ROUNDINGS = [
+    (state, rounding)
+    for state in DTYPES
+    for rounding in ("nearest", "stochastic")
+    if (state, rounding) != ("fp32", "stochastic")
+]
+SERVED = [
+    (algorithm, state, rounding)
+    for algorithm in ALGORITHMS
+    for state, rounding in ROUNDINGS
+    if algorithm != "horizontal" or state not in SCALED
+]
+
+U = 2.0**-24  # unit roundoff of fp32
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits, as integers of the same size."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        tensor.dtype.itemsize
+    ])  # fmt: skip
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of bits."""
+    return torch.equal(raw(a), raw(b))
+
+
+def storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Every byte of the memory behind a view."""
+    whole = torch.empty(0, dtype=torch.uint8)
+    return whole.set_(tensor.untyped_storage())  # type: ignore[call-overload]
+
+
+@dataclass
+class Call:
+    """Tensors by argument name, and the switches, of one call."""
+
+    tensors: dict[str, torch.Tensor]
+    switches: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def copy(self) -> Call:
+        """The same values, strides and storage offsets in other memory."""
+        return copy.deepcopy(self)
+
+    def layout(self) -> Any:
+        return layout(**self.tensors, **self.switches)
+
+    @property
+    def views(self) -> dict[str, torch.Tensor]:
+        return normalise(self.tensors)
+
+    def interpreted(self, plan: Plan | None = None, arch: str = "sm_90") -> Call:
+        """A copy after the generated kernel has run on it."""
+        after = self.copy()
+        interpret(after.layout(), after.tensors, plan=plan, arch=arch)
+        return after
+
+    def arguments(self) -> dict[str, Any]:
+        """As keyword arguments of the op."""
+        return {**self.tensors, **self.switches}
+
+
+def _pool(values: torch.Tensor, pitch: int, offset: int) -> torch.Tensor:
+    """`values` with slots `pitch` elements further apart than packed, starting at `offset`."""
+    step = values.stride(0) + pitch
+    memory = torch.zeros(offset + len(values) * step, dtype=torch.float32).to(values.dtype)
+    view = memory.as_strided(values.shape, (step, *values.stride()[1:]), offset)
+    raw(view).copy_(raw(values))
+    return view
+
+
+def make(
+    state: str = "fp32",
+    rounding: str = "nearest",
+    *,
+    batch: int = 3,
+    slots: int = 6,
+    nheads: int = 4,
+    ngroups: int = 2,
+    dim: int = 16,
+    dstate: int = 32,
+    dtype: str = "bf16",
+    weight_dtype: str = "fp32",
+    dt_dtype: str | None = None,
+    a_dtype: str = "fp32",
+    tied: bool = True,
+    z: bool = False,
+    D: bool = True,
+    dt_bias: bool = True,
+    softplus: bool = True,
+    indices: list[int] | str | None = "random",
+    index_dtype: str = "int64",
+    index_width: int = 0,
+    dst: list[int] | None = None,
+    pad: int = -1,
+    rounds: int = 10,
+    headless: bool = False,
+    token: bool = False,
+    packed: bool = False,
+    lead: int = 0,
+    pitch: int = 0,
+    scale_pitch: int = 0,
+    scale_axis: bool = False,
+    offset: int = 0,
+    update: bool = True,
+    algorithm: str = "auto",
+    pdl: bool = False,
+    random: int = 0,
+) -> Call:
+    """One call. `packed`: x, B, C, z and dt are views of one projection that starts after `lead`
+    elements. `offset`: elements by which the pool's address is off its allocation. `pitch`,
+    `scale_pitch`: elements between slots. `headless`: Mamba1 layout; `nheads` is then 1.
+    """
+    gen = torch.Generator().manual_seed(random)
+    io, weight = DTYPES[dtype], DTYPES[weight_dtype]
+    if headless:
+        nheads = ngroups = 1
+        tied = False
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(shape, generator=gen)
+
+    rows, cols = (batch, nheads, dim), (batch, ngroups, dstate)
+    sizes = {"z": rows, "x": rows, "B": cols, "C": cols, "dt": (batch, nheads, 1 if tied else dim)}
+    if not z:
+        del sizes["z"]
+    values = {name: randn(*shape) for name, shape in sizes.items()}
+    values["dt"] = (
+        uniform(-1.0, 1.0, *sizes["dt"]) if dt_bias else uniform(1e-3, 1e-1, *sizes["dt"])
+    )
+    if packed:
+        dt_dtype = dtype
+        widths = [shape[1] * shape[2] for shape in sizes.values()]
+        projection = torch.zeros(batch, lead + sum(widths), dtype=io)
+        tensors, at = {}, lead
+        for (name, shape), width in zip(sizes.items(), widths):
+            tensors[name] = projection[:, at : at + width].unflatten(1, shape[1:])
+            tensors[name].copy_(values[name])
+            at += width
+    else:
+        tensors = {name: value.to(io) for name, value in values.items()}
+        tensors["dt"] = values["dt"].to(DTYPES[dt_dtype or weight_dtype])
+    tensors["dt"] = tensors["dt"].expand(rows)
+
+    per_head = (nheads, 1) if tied else (nheads, dim)
+    step = torch.exp(uniform(-6.9, -2.3, *per_head))
+    weights = {"D": uniform(0.5, 1.5, *per_head), "dt_bias": step + torch.log(-torch.expm1(-step))}
+    if D:
+        tensors["D"] = weights["D"].to(weight).expand(nheads, dim)
+    if dt_bias:
+        tensors["dt_bias"] = weights["dt_bias"].to(weight).expand(nheads, dim)
+    a_shape = (nheads, 1, 1) if tied else (nheads, dim, dstate)
+    tensors["A"] = (-uniform(1, 16, *a_shape)).to(DTYPES[a_dtype]).expand(nheads, dim, dstate)
+
+    values_h = randn(slots, nheads, dim, dstate)
+    if state in SCALED:
+        codes, scale = quantise(values_h, DTYPES[state])
+        tensors["state"] = _pool(codes, pitch, offset)
+        tensors["state_scale"] = _pool(scale, scale_pitch, 0)
+    else:
+        tensors["state"] = _pool(values_h.to(DTYPES[state]), pitch, offset)
+    tensors["out"] = torch.full(rows, torch.nan).to(io)
+
+    if indices == "random":
+        indices = torch.randperm(slots, generator=gen)[:batch].tolist()
+    for name, table in (("state_batch_indices", indices), ("dst_state_batch_indices", dst)):
+        if table is not None:
+            column = torch.tensor(table, dtype=getattr(torch, index_dtype))
+            if index_width:
+                wide = torch.full((batch, index_width), 10**6, dtype=column.dtype)
+                wide[:, 0] = column
+                column = wide
+            tensors[name] = column
+    if rounding == "stochastic":
+        tensors["rand_seed"] = torch.randint(-(2**62), 2**62, (1,), generator=gen)
+
+    if headless:
+        axis = {"state": 1, "state_scale": 1, "x": 1, "dt": 1, "z": 1, "out": 1, "B": 1, "C": 1,
+                "A": 0, "D": 0, "dt_bias": 0}  # fmt: skip
+        tensors = {n: t.select(axis[n], 0) if n in axis else t for n, t in tensors.items()}
+    if token:
+        for name in ("x", "dt", "B", "C", "z", "out"):
+            if name in tensors:
+                tensors[name] = tensors[name].unsqueeze(1)
+    if scale_axis and "state_scale" in tensors:
+        tensors["state_scale"] = tensors["state_scale"].unsqueeze(-1)
+    switches = {"dt_softplus": softplus, "pad_slot_id": pad, "disable_state_update": not update,
+                "philox_rounds": rounds, "algorithm": algorithm, "pdl": pdl}  # fmt: skip
+    return Call(tensors, switches)
+
+
+@dataclass
+class Expected:
+    """Of each row of the batch, in fp64: results and how far an fp32 evaluation may be off."""
+
+    y: torch.Tensor
+    y_error: torch.Tensor
+    h: torch.Tensor
+    h_error: torch.Tensor
+    written: dict[int, int]  # slot -> row
+
+
+def decoded(views: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The pool's values in fp64."""
+    values = views["state"].double()
+    return (
+        values * views["state_scale"].double().unsqueeze(-1) if "state_scale" in views else values
+    )
+
+
+def expected(call: Call) -> Expected:
+    """What `call` must give."""
+    v = call.views
+    batch, nheads, dim = v["x"].shape
+    pad, softplus = call.switches["pad_slot_id"], call.switches["dt_softplus"]
+    indexed = "state_batch_indices" in v
+    source = v["state_batch_indices"].tolist() if indexed else list(range(batch))
+    live = [not indexed or slot != pad for slot in source]
+    target = source
+    if "dst_state_batch_indices" in v:
+        target = v["dst_state_batch_indices"].tolist()
+    written = {
+        target[i]: i
+        for i in range(batch)
+        if live[i] and (not indexed or target[i] != pad)
+        if not call.switches["disable_state_update"]
+    }
+    h = torch.zeros(batch, nheads, dim, v["B"].shape[-1], dtype=torch.float64)
+    for i in range(batch):
+        if live[i]:
+            h[i] = decoded({n: v[n][source[i]] for n in ("state", "state_scale") if n in v})
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    inputs = {n: v[n].double() if n in v else None for n in names}
+    y, h_new = ssu_step(h, **inputs, dt_softplus=softplus, compute_dtype=torch.float64)
+    h_error = _state_error(h, h_new, inputs, softplus)
+    return Expected(y, _output_error(y, h_new, h_error, inputs), h_new, h_error, written)
+
+
+def _per_head(t: torch.Tensor, nheads: int) -> torch.Tensor:
+    return t.repeat_interleave(nheads // t.shape[1], dim=1).unsqueeze(2)
+
+
+def _step_size(inputs: dict[str, Any], softplus: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """dt' and its relative error."""
+    v = inputs["dt"] if inputs["dt_bias"] is None else inputs["dt"] + inputs["dt_bias"]
+    if not softplus:
+        return v, torch.full_like(v, U)
+    # softplus(v) >= sigmoid(v), so an error of U|v| in v is at most U|v| relative; e^-|v| adds as
+    # much again; the polynomial and the two sums below 64 roundings.
+    return torch.nn.functional.softplus(v, threshold=1e9), U * (2 * v.abs() + 64)
+
+
+def _state_error(
+    h: torch.Tensor, h_new: torch.Tensor, inputs: dict[str, Any], softplus: bool
+) -> torch.Tensor:
+    step, relative = (t.unsqueeze(-1) for t in _step_size(inputs, softplus))
+    exponent = (inputs["A"] * step).abs()
+    decay = torch.exp(-exponent) if bool((inputs["A"] <= 0).all()) else torch.exp(exponent)
+    decay_error = exponent * (relative + 3 * U) + 4 * U
+    inflow = step * inputs["x"].unsqueeze(-1) * _per_head(inputs["B"], h.shape[1])
+    kept = (decay * h).abs() * (decay_error + 4 * U) + 2.0**-126 * h.abs()
+    return kept + inflow.abs() * (relative + 4 * U) + 2 * U * h_new.abs() + 2.0**-140
+
+
+def _output_error(
+    y: torch.Tensor, h_new: torch.Tensor, h_error: torch.Tensor, inputs: dict[str, Any]
+) -> torch.Tensor:
+    C = _per_head(inputs["C"], h_new.shape[1])
+    error = (C.abs() * h_error).sum(-1) + (C.shape[-1] + 3) * U * (h_new * C).abs().sum(-1)
+    if inputs["D"] is not None:
+        error = error + 3 * U * (inputs["D"] * inputs["x"]).abs()
+    if inputs["z"] is not None:
+        z = inputs["z"]
+        error = error * torch.nn.functional.silu(z).abs() + y.abs() * (2 * z.abs() + 10) * U
+    return error + U * y.abs() + 2.0**-120
+
+
+@dataclass
+class Verdict:
+    """Share of the stored elements whose bits the bounds determine."""
+
+    determined: float
+
+
+def verify(before: Call, after: Call, want: Expected | None = None) -> Verdict:
+    """Assert that `after` is what a correct kernel makes of `before`."""
+    want = want or expected(before)
+    was, now = before.views, after.views
+    out = now["out"]
+    low, high = ((want.y + s * want.y_error).float().to(out.dtype) for s in (-1, 1))
+    wrong = ~((low <= out) & (out <= high))
+    assert not wrong.any(), _report("out", wrong, out, low, high)
+
+    share = 1.0
+    if want.written:
+        slots = torch.tensor(list(want.written))
+        rows = list(want.written.values())
+        bits = None
+        if "rand_seed" in before.tensors:
+            bits = random_bits(
+                before["rand_seed"],
+                slots,
+                *was["state"].shape[1:],
+                before.switches["philox_rounds"],
+            )
+        h, error = want.h[rows], want.h_error[rows]
+        codes = raw(now["state"])[slots].view(now["state"].dtype)
+        if "state_scale" in now:
+            share = _verify_scaled(codes, now["state_scale"][slots], h, error, bits)
+        else:
+            low, high = (round_to((h + s * error).float(), codes.dtype, bits) for s in (-1, 1))
+            wrong = ~((low <= codes) & (codes <= high))
+            assert not wrong.any(), _report("state", wrong, codes, low, high)
+            share = float((low == high).double().mean())
+    for name in before.tensors:
+        _assert_untouched(name, was, now, list(want.written), before, after)
+    return Verdict(share)
+
+
+def _report(name: str, wrong: torch.Tensor, found: Any, low: Any, high: Any) -> str:
+    at = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {at}: found "
+        f"{found[at].item()}, allowed {low[at].item()} to {high[at].item()}"
+    )
+
+
+def _assert_untouched(
+    name: str, was: Any, now: Any, written: list[int], before: Call, after: Call
+) -> None:
+    """No byte of the argument's memory has changed but the written slots and the output."""
+    memory = storage(before.tensors[name]).clone()
+    original = torch.empty(0, dtype=before.tensors[name].dtype)
+    view = original.set_(
+        memory.untyped_storage(), was[name].storage_offset(), was[name].shape, was[name].stride()
+    )
+    if name in ("state", "state_scale") and written:
+        raw(view)[written] = raw(now[name])[written]
+    elif name == "out":
+        raw(view).copy_(raw(now[name]))
+    assert torch.equal(memory, storage(after.tensors[name])), f"{name}: memory was touched"
+
+
+def _verify_scaled(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    h: torch.Tensor,
+    error: torch.Tensor,
+    bits: torch.Tensor | None,
+) -> float:
+    """Check codes and scales of rows; the share of codes that the bounds determine."""
+    largest = QMAX[codes.dtype]
+    peak = h.abs().amax(-1, keepdim=True)
+    encode = PEAK[codes.dtype] / peak
+    relative = error.amax(-1, keepdim=True) / peak + 4 * U
+    off = (scale.double().unsqueeze(-1) * encode - 1).abs()
+    assert bool((off <= relative).all()), f"state_scale: off by {float(off.max() / U)} roundings"
+    u = h * encode
+    slack = error * encode + u.abs() * relative + 2.0**-29
+    if codes.dtype == torch.float8_e4m3fn:
+        low, high = (_to_e4m3(u + s * slack, bits) for s in (-1, 1))
+    else:
+        slack = slack + 2.0**-17  # the last of the bits' own quantum
+        shift = 0.5 if bits is None else (bits.double() + 0.5) / 65536
+        if bits is None:
+            low, high = (torch.round(u + s * slack) for s in (-1, 1))
+        else:
+            low, high = (torch.floor(u + s * slack + shift) for s in (-1, 1))
+        low, high = low.clamp(-largest, largest), high.clamp(-largest, largest)
+    value = codes.double()
+    wrong = ~((low <= value) & (value <= high))
+    assert not wrong.any(), _report("state", wrong, value, low, high)
+    return float((low == high).double().mean())
+
+
+_E4M3 = torch.arange(0x7F).to(torch.uint8).view(torch.float8_e4m3fn).double()
+
+
+def _to_e4m3(u: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
+    """fp64 to e4m3 values, by looking for the neighbours."""
+    magnitude = u.abs().clamp(max=448.0)
+    below = (torch.searchsorted(_E4M3, magnitude, right=True) - 1).clamp(max=len(_E4M3) - 2)
+    part = (magnitude - _E4M3[below]) / (_E4M3[below + 1] - _E4M3[below])
+    if bits is None:
+        up = (part > 0.5) | ((part == 0.5) & (below % 2 == 1))
+    else:
+        up = part >= 1 - bits.double() / 65536
+    return _E4M3[below + up.long()] * u.sign()
