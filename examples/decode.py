@@ -26,7 +26,8 @@ def main() -> None:
         state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True,
         state_batch_indices=slots, rand_seed=seed,
     )  # fmt: skip
-    print(f"y {tuple(y.shape)} {y.dtype}; slots written: {state.flatten(1).any(1).nonzero()[:, 0]}")
+    written = state.flatten(1).any(1).nonzero()[:, 0].tolist()
+    print(f"y: {tuple(y.shape)} {y.dtype}; slots written: {written}")
 
     # The kernel behind that call, compiled for a GPU that need not be here.
     config = ssmgen.KernelConfig(state_dtype="fp16", rounding="stochastic")

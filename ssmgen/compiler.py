@@ -112,24 +112,25 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
     signature = {a.name: _triton_type(a.type) for a in arguments}
     attrs = {(i,): [["tt.divisibility", a.align]] for i, a in enumerate(arguments) if a.align > 1}
     function = load_source(source, entry, JITFunction)
-    with tempfile.TemporaryDirectory(prefix="ssmgen-") as scratch:
-        with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
-            triton.knobs.cache.dir = scratch
-            triton.knobs.compilation.disable_line_info = True
-            try:
-                binary = triton.compile(
-                    ASTSource(function, signature, {}, attrs),
-                    target=GPUTarget("cuda", arch.cc, 32),
-                    options={
-                        "num_warps": plan.num_warps,
-                        "num_stages": plan.num_stages,
-                        "launch_pdl": bool(config.pdl and arch.pdl),
-                    },
-                )
-            except Exception as error:
-                raise CompileError(
-                    f"{entry} for {arch} ({plan}): {error}\nconfig: {config.to_json()}"
-                ) from error
+    options = {
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "launch_pdl": bool(config.pdl and arch.pdl),
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="ssmgen-") as scratch,
+        triton.knobs.cache.scope(),
+        triton.knobs.compilation.scope(),
+    ):
+        triton.knobs.cache.dir = scratch
+        triton.knobs.compilation.disable_line_info = True
+        try:
+            source_ = ASTSource(function, signature, {}, attrs)
+            binary = triton.compile(source_, target=GPUTarget("cuda", arch.cc, 32), options=options)
+        except Exception as error:
+            raise CompileError(
+                f"{entry} for {arch} ({plan}): {error}\nconfig: {config.to_json()}"
+            ) from error
     metadata = binary.metadata
     for field in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, field, 0):

@@ -53,8 +53,20 @@ def interpret(
         return
     pointers = [tensors[name] for name in layout.tensors]
     pointers = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in pointers]
+    types = [a.type for a in family.arguments(config) if not a.pointer]
+    scalars = [_integer(type, value) for type, value in zip(types, layout.scalars)]
     with _lock, _interpreting(), np.errstate(all="ignore"):
-        _kernel(config, plan, arch)[grid](*pointers, *layout.scalars)
+        _kernel(config, plan, arch)[grid](*pointers, *scalars)
+
+
+def _integer(type: str, value: int) -> Any:
+    """An integer of the type in the ABI; the interpreter would go by its value."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    data = np.array([value], dtype=f"{type[0]}{int(type[1:]) // 8}")
+    type_ = tl.str_to_ty(type, None)
+    return tl.tensor(TensorHandle(data, type_), type_)
 
 
 def _kernel(config: KernelConfig, plan: Plan, arch: Arch) -> Any:

@@ -27,9 +27,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_environment(tmp_path_factory):
-    """No test sees the user's store or switches."""
+    """No test sees the user's store or switches; the workers of xdist share the cores."""
+    import torch
+
     from ssmgen.settings import VARIABLES
 
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name in VARIABLES:
             patch.delenv(name, raising=False)

@@ -162,9 +162,9 @@ def make(
     if not z:
         del sizes["z"]
     values = {name: randn(*shape) for name, shape in sizes.items()}
-    values["dt"] = (
-        uniform(-1.0, 1.0, *sizes["dt"]) if dt_bias else uniform(1e-3, 1e-1, *sizes["dt"])
-    )
+    # With softplus dt' is as in a trained model; without it, it must be positive.
+    centred = dt_bias and softplus
+    values["dt"] = uniform(*((-1.0, 1.0) if centred else (1e-3, 1e-1)), *sizes["dt"])
     if packed:
         dt_dtype = dtype
         widths = [shape[1] * shape[2] for shape in sizes.values()]
@@ -181,7 +181,8 @@ def make(
 
     per_head = (nheads, 1) if tied else (nheads, dim)
     step = torch.exp(uniform(-6.9, -2.3, *per_head))
-    weights = {"D": uniform(0.5, 1.5, *per_head), "dt_bias": step + torch.log(-torch.expm1(-step))}
+    bias = step + torch.log(-torch.expm1(-step)) if softplus else step
+    weights = {"D": uniform(0.5, 1.5, *per_head), "dt_bias": bias}
     if D:
         tensors["D"] = weights["D"].to(weight).expand(nheads, dim)
     if dt_bias:

@@ -151,16 +151,19 @@ def _compile_all(
     for arch in archs:
         for state, rounding in CASES:
             config = _config(state, rounding)
-            for plan in dict.fromkeys(choice.plan for choice in dispatch(config, arch)):
-                jobs.append((f"{arch} {state} {rounding}, {plan}", (config, plan, arch)))
+            serves: dict[Plan, list[int | None]] = {}
+            for choice in dispatch(config, arch):
+                serves.setdefault(choice.plan, []).append(choice.limit)
+            for plan, limits in serves.items():
+                jobs.append((f"{arch} {state} {rounding}, {plan}", (limits, config, plan, arch)))
     entries = []
-    for name, job in _steps(console, quiet, "compile", jobs):
+    for name, (limits, *job) in _steps(console, quiet, "compile", jobs):
         try:
             entry = _compile(*job)
         except Exception as error:
             problems.append(f"{name}: does not compile: {error}")
             continue
-        entries.append(entry)
+        entries.append({**entry, "batch_x_heads_up_to": limits})
         if entry["spills"]:
             problems.append(f"{name}: spills {entry['spills']} bytes of registers")
     return entries
@@ -252,18 +255,24 @@ def _on_gpu(
     return found, verdict.wrong
 
 
-def _table(columns: Iterable[tuple[str, bool]]) -> Any:
+def _table(*columns: str, left: tuple[str, ...]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name, right in columns:
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     return table
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['state'].partition('_')[0]} {row['rounding']}"
+    stochastic = " SR" if row["rounding"] == "stochastic" else ""
+    return row["state"].partition("_")[0] + stochastic
+
+
+def _plan(row: dict[str, Any]) -> str:
+    plan = row["plan"]
+    return f"{plan['algorithm']} {plan['block_m']}x{plan['block_n']} w{plan['num_warps']}"
 
 
 def _headline(console: Console, report: dict[str, Any]) -> None:
@@ -276,25 +285,30 @@ def _headline(console: Console, report: dict[str, Any]) -> None:
 
 
 def _show_entries(console: Console, entries: list[dict[str, Any]]) -> None:
-    left = ("arch", "state", "algorithm", "key", "built")
-    names = ("arch", "state", "algorithm", "tile", "warps", "regs", "spilled", "shared", "cubin",
-             "key", "built")  # fmt: skip
-    table = _table((name, name not in left) for name in names)
+    left = ("arch", "state", "algorithm, tile", "key")
+    table = _table("arch", "state", "heads", "algorithm, tile", "regs", "spill", "smem", "cubin",
+                   "key", "built", left=left)  # fmt: skip
     previous = entries[0]["arch"] if entries else None
     for e in entries:
         if e["arch"] != previous:
             table.add_section()
             previous = e["arch"]
-        plan = e["plan"]
+        heads = ",".join("any" if n is None else str(n) for n in e["batch_x_heads_up_to"])
         resources = ["?" if e[k] is None else str(e[k]) for k in ("registers", "spills", "shared")]
         table.add_row(
-            e["arch"], _name(e), plan["algorithm"],
-            f"{plan['block_m']}x{plan['block_n']}", str(plan["num_warps"]), *resources,
-            str(e["cubin"]), e["key"][:8],
-            f"hit, {e['seconds'] * 1e3:.1f} ms" if e["hit"] else f"{e['seconds']:.2f} s",
+            e["arch"], _name(e), heads, _plan(e), *resources, str(e["cubin"]), e["key"][:6],
+            "hit" if e["hit"] else f"{e['seconds']:.2f} s",
         )  # fmt: skip
-    console.print("\n[bold]Cache entries[/]")
+    console.print("\n[bold]Entries of the store[/]")
     console.print(table)
+    console.print(
+        "heads: the largest batch x heads that a kernel serves. w: warps. SR: stochastic rounding. "
+        "spill, smem, cubin: bytes. built: hit, or how long it took to compile.",
+        soft_wrap=not console.is_terminal,
+    )
+    hits = [e["seconds"] for e in entries if e["hit"]]
+    if hits:
+        console.print(f"A hit took {sorted(hits)[len(hits) // 2] * 1e3:.1f} ms (median).")
 
 
 def _show_runs(console: Console, report: dict[str, Any]) -> None:
@@ -304,18 +318,18 @@ def _show_runs(console: Console, report: dict[str, Any]) -> None:
         f"heads of {shape['dim']} x {shape['dstate']}, {shape['ngroups']} groups"
     )
     gpu = report["gpu"] is not None
-    names = ["state", "algorithm", "out max", "out mean", "state max", "state mean", "of allowed"]
-    names += ["time", "of copy speed"] if gpu else []
-    left = ("state", "algorithm")
-    table = _table((name, name not in left) for name in names)
+    columns = ["state", "algorithm, tile", "out\nmax", "\nmean", "state\nmax", "\nmean",
+               "of\nallowed"]  # fmt: skip
+    columns += ["\ntime", "of copy\nspeed"] if gpu else []
+    table = _table(*columns, left=("state", "algorithm, tile"))
     for r in report["runs"]:
-        cells = [_name(r), r["plan"]["algorithm"]]
+        cells = [_name(r), _plan(r)]
         cells += [f"{r[k]:.2f}" for k in ("out_max", "out_mean", "state_max", "state_mean")]
         cells.append(f"{100 * r['share']:.0f}%")
         if gpu:
             cells += [f"{r['microseconds']:.1f} us", f"{100 * r['share_of_bandwidth']:.1f}%"]
         table.add_row(*cells)
-    console.print(f"\n[bold]{title}[/]", soft_wrap=True)
+    console.print(f"\n[bold]{title}[/]")
     console.print(table)
     console.print(
         "Errors are in units in the last place: of bf16 for out, of the storage dtype for the "
@@ -326,7 +340,8 @@ def _show_runs(console: Console, report: dict[str, Any]) -> None:
     if gpu:
         console.print(
             f"Copy speed here: {report['copy_bandwidth'] / 1e12:.2f} TB/s, read plus written. "
-            "Times are inside one CUDA graph; slots rotate through more than 512 MB."
+            "Times are inside one CUDA graph; slots rotate through more than 512 MB.",
+            soft_wrap=not console.is_terminal,
         )
 
 

@@ -18,8 +18,8 @@ __all__ = ["Argument", "Family", "Layout"]
 class Argument:
     """One kernel argument, in ABI order.
 
-    ``type`` is a pointer (``*bf16``) or an integer (``i32``, ``u32``, ``i64``). ``align`` is what the
-    kernel may assume: a pointer is a multiple of so many bytes, an integer of so many elements.
+    ``type`` is a pointer (``*bf16``) or an integer (``i32``, ``u32``, ``i64``). ``align`` is what
+    the kernel may assume: a pointer is a multiple of so many bytes, an integer of so many elements.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def test_second_demo_compiles_nothing() -> None:
     assert run("demo", "--arch", "sm_90").exit_code == 0
     result = run("demo", "--arch", "sm_90")
     assert result.exit_code == 0
-    assert "All right: 1 kernels (1 from the store), 1 answers" in result.output
-    assert "compile 1/1: sm_90 fp16 stochastic" in result.output
+    assert re.search(r"All right: (\d+) kernels \(\1 from the store\), 1 answers", result.output)
+    assert "compile 1/" in result.output  # a line each, off a terminal
 
 
 @pytest.mark.usefixtures("one_case")

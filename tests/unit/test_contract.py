@@ -140,6 +140,29 @@ def test_a_batch_above_the_grid_is_refused():
         call.layout()
 
 
+def of_heads(nheads, ngroups):
+    with torch.device("meta"):
+        rows = torch.empty(1, nheads, 8)
+        cols = torch.empty(1, ngroups, 8)
+        A = torch.empty(nheads, 1, 1).expand(nheads, 8, 8)
+        state = torch.empty(1, nheads, 8, 8)
+    return layout(state=state, x=rows, dt=rows, A=A, B=cols, C=cols, out=rows)
+
+
+@given(st.integers(1, 2**25), st.integers(1, 3000), st.data())
+def test_the_group_of_every_head_is_exact_or_the_call_is_refused(ngroups, ratio, data):
+    nheads = ngroups * ratio
+    if nheads * 64 >= 2**31 or 2 * nheads * ratio >= 2**31:
+        with pytest.raises(ArgumentValueError, match="heads|elements"):
+            of_heads(nheads, ngroups)
+        return
+    found = of_heads(nheads, ngroups)
+    recip = found.scalars[-1]
+    start = data.draw(st.integers(0, ngroups - 1)) * ratio
+    for head in {0, start, start + ratio - 1, nheads - 1}:
+        assert ((2 * head + 1) * recip) >> 32 == head // ratio
+
+
 def test_a_slot_of_2_31_elements_or_more_is_refused():
     shape = (1, 16384, 512, 512)
     with torch.device("meta"):

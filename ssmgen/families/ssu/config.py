@@ -51,7 +51,9 @@ class SsuConfig(KernelConfig, family="ssu"):
         if scaled:
             self.resolve("state_scale_t", "fp32")
         elif self.state_scale_t is not None:
-            self.reject("state_scale_t", self.state_scale_t, f"None with a {self.state_dtype} state")
+            self.reject(
+                "state_scale_t", self.state_scale_t, f"None with a {self.state_dtype} state"
+            )
         stochastic = self.rounding == "stochastic"
         if stochastic and self.state_dtype == "fp32":
             self.reject("rounding", "stochastic", "nearest with an fp32 state: nothing is rounded")

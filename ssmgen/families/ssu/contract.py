@@ -62,11 +62,8 @@ def normalise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             views[name] = table[:, 0]
     lead = 2 if headless else 3
     for name in ("x", "dt", "B", "C", "z", "out"):
-        if name in views and views[name].dim() == 4 - headless and name not in ("B", "C"):
-            if views[name].shape[1] != 1:
-                _fail(name, f"{views[name].shape[1]} tokens", "one token, (batch, 1, ...)")
-            views[name] = views[name][:, 0]
-        elif name in ("B", "C") and views[name].dim() == 4:
+        with_tokens = 4 if name in ("B", "C") else lead + 1
+        if name in views and views[name].dim() == with_tokens:
             if views[name].shape[1] != 1:
                 _fail(name, f"{views[name].shape[1]} tokens", "one token, (batch, 1, ...)")
             views[name] = views[name][:, 0]
@@ -102,7 +99,7 @@ def check(
     aligned: bool,
 ) -> SsuConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
-    state, x, dt, A, B, C = (tensors[n] for n in ("state", "x", "dt", "A", "B", "C"))
+    state, x, dt, A, B = (tensors[n] for n in ("state", "x", "dt", "A", "B"))
     slots, nheads, dim, dstate = state.shape
     batch = x.shape[0]
     for name, size in (("dim", dim), ("dstate", dstate)):
@@ -139,6 +136,9 @@ def check(
         )
     if batch > MAX_BATCH:
         _fail("x", f"batch {batch}", f"at most {MAX_BATCH}")
+    if 2 * nheads * (nheads // ngroups) >= 2**31:
+        # Where the kernel's reciprocal finds the group of a head exactly.
+        _fail("state", f"{nheads} heads in {ngroups} groups", "2 heads^2 / groups below 2^31")
     if nheads * dim * dstate >= 2**31:
         _fail("state", f"{nheads * dim * dstate} elements a slot", "less than 2^31")
     indices = tensors.get("state_batch_indices")
@@ -291,9 +291,9 @@ def layout(
     for name in ("state", "x", "dt", "A", "B", "C", "out"):
         if name not in given:
             raise ArgumentTypeError(f"{name}: missing")
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentTypeError(f"{name}: found {type(tensor).__name__}; allowed: a tensor")
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
     views = normalise(given)
     config = check(
         views,
