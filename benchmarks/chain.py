@@ -89,7 +89,7 @@ def cell(nheads: int, ngroups: int, batch: int) -> dict[str, Any]:
         "chain with PDL": functools.partial(chain, pdl=True),
     }
     times = {
-        name: time_graph([functools.partial(run, i) for i in range(p.sets)], replays=15)
+        name: time_graph([functools.partial(run, i) for i in range(p.sets)])
         for name, run in runs.items()
     }
     return {"heads": nheads, "batch": batch, "us": times}

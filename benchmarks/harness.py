@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 
-def time_graph(launches: list[Callable[[], Any]], replays: int = 7) -> float:
-    """Microseconds a launch: median over replays of one graph that holds them all."""
+def time_graph(
+    launches: list[Callable[[], Any]], replays: int = 11, warm_up: float = 30.0
+) -> float:
+    """Microseconds a launch: median over replays of one graph that holds them all.
+
+    Before it is timed the graph is replayed for `warm_up` milliseconds, so that the clocks are up.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for launch in launches[:3]:
@@ -24,16 +29,20 @@ def time_graph(launches: list[Callable[[], Any]], replays: int = 7) -> float:
         with torch.cuda.graph(graph, stream=stream):
             for launch in launches:
                 launch()
-        graph.replay()
-        times = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        times = [_replay(graph)]
+        for _ in range(int(warm_up / times[0]) + 1):
             graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+        times = [_replay(graph) for _ in range(replays)]
     return statistics.median(times) * 1000 / len(launches)
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def copy_bandwidth(gigabytes: float = 4.0) -> float:

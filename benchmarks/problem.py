@@ -99,33 +99,26 @@ class Problem:
         )  # fmt: skip
         return 2 * (state + scales) + small
 
-    def expected(self, which: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and unrounded new state of slot set `which`, in fp64."""
-        slots = self.indices[which]
+    def before(self, slots: torch.Tensor) -> torch.Tensor:
+        """The states of `slots` as they are, in fp64."""
         if self.scale is not None:
-            h = dequantise(self.pool[slots], self.scale[slots], torch.float64)
-        else:
-            h = self.pool[slots].double()
-        return ssu_step(h, **self.inputs, dt_softplus=True, compute_dtype=torch.float64)
+            return dequantise(self.pool[slots], self.scale[slots], torch.float64)
+        return self.pool[slots].double()
 
     def verify(
-        self, launch: Any, which: int = 0, rows: int = 32, absolute: float = 2.0**-21
+        self, launch: Any, which: int = 0, rows: int = 32, absolute: float = 2.0**-24
     ) -> str | None:
         """Run `launch(which)` on poisoned output; None if output and state are right.
 
         Bounds wide enough for kernels built with fast-math: an output may be off by two units of
-        bf16, a state element by two units of its storage (fp32: by 2^-15 of its value) plus
-        `absolute`.
+        bf16; a state element by two units of its storage, by 2^-16 of what was added up to it, and
+        by `absolute`.
         """
-        slots = self.indices[which]
-        keep = min(rows, self.batch)
-        sub = Problem.__new__(Problem)
-        sub.__dict__ = {**self.__dict__}
-        sub.indices = [slots[:keep]]
-        sub.inputs = {
-            k: v[:keep] if k in ("x", "dt", "B", "C") else v for k, v in self.inputs.items()
-        }
-        y, h = sub.expected(0)
+        slots = self.indices[which][: min(rows, self.batch)]
+        keep = len(slots)
+        inputs = {k: v[:keep] if k in ("x", "dt", "B", "C") else v for k, v in self.inputs.items()}
+        old = self.before(slots)
+        y, h = ssu_step(old, **inputs, dt_softplus=True, compute_dtype=torch.float64)
         self.out.fill_(float("nan"))
         launch(which)
         torch.cuda.synchronize()
@@ -136,13 +129,10 @@ class Problem:
         if (error := ((out - y).abs() - 2**-7 * y.abs()).max().item()) > 1e-4:
             return f"output off by {error:.2e}"
         if self.scale is not None:
-            found = dequantise(self.pool[slots[:keep]], self.scale[slots[:keep]], torch.float64)
-            unit = h.abs().amax(-1, keepdim=True) / {"int16": 32767, "int8": 127}.get(
-                self.state, 14
-            )
+            largest = {"int16": 32767, "int8": 127}.get(self.state, 14)
+            unit = h.abs().amax(-1, keepdim=True) / largest
         else:
-            found = self.pool[slots[:keep]].double()
-            unit = h.abs() * 2.0 ** -{"fp32": 16, "fp16": 10, "bf16": 7}[self.state]
-        if (error := (((found - h).abs() - absolute) / unit.clamp(min=2.0**-60)).max().item()) > 2:
-            return f"state off by {error:.2f} units"
-        return None
+            unit = h.abs() * 2.0 ** -{"fp32": 23, "fp16": 10, "bf16": 7}[self.state]
+        allowed = 2 * unit + (old.abs() + h.abs()) * 2.0**-16 + absolute
+        error = ((self.before(slots) - h).abs() / allowed).max().item()
+        return f"state off by {error:.2f} of what is allowed" if error > 1 else None

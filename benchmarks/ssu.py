@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     continue
                 try:
                     absolute = FLUSHED_BELOW.get(name, 0.0) if stochastic else 0.0
-                    if wrong := p.verify(launch, absolute=max(absolute, 2.0**-21)):
+                    if wrong := p.verify(launch, absolute=max(absolute, 2.0**-24)):
                         cell["wrong"][name] = wrong
                         continue
                 except Exception as error:

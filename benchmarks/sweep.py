@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     print(f"WRONG {state} {plan}: {wrong}", flush=True)
                     continue
                 launches = [functools.partial(run, i) for i in range(problem.sets)]
-                times[str(plan)] = time_graph(launches, replays=5)
+                times[str(plan)] = time_graph(launches, replays=5, warm_up=3.0)
             floor = problem.bytes / bandwidth * 1e6
             best = sorted(times.items(), key=lambda item: item[1])
             simple = [(n, t) for n, t in best if n.startswith("simple")]

@@ -68,14 +68,15 @@ def _compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
 class Variant:
     """One binary of a kernel, and the problem sizes it serves."""
 
-    def __init__(self, config: KernelConfig, choice: Choice, arch: Arch) -> None:
-        self.config = config
+    def __init__(
+        self, choice: Choice, arch: Arch, artifact: Artifact, function: Function | None
+    ) -> None:
         self.limit = choice.limit
         self.plan = choice.plan
         self.why = choice.why
         self.arch = arch
-        self.artifact = build(config, choice.plan, arch)
-        self.function: Function | None = None
+        self.artifact = artifact
+        self.function = function
 
     @property
     def source(self) -> str:
@@ -105,10 +106,18 @@ class Kernel:
         self.config = config
         self.arch = arch
         self.device = device
-        self.variants = tuple(Variant(config, c, arch) for c in dispatch(config, arch))
-        if device is not None:
-            for variant in self.variants:
-                variant.function = load(variant.artifact, device)
+        choices = dispatch(config, arch)
+        artifacts = {
+            plan: build(config, plan, arch) for plan in dict.fromkeys(c.plan for c in choices)
+        }
+        functions: dict[Plan, Function | None] = {
+            plan: None if device is None else load(artifact, device)
+            for plan, artifact in artifacts.items()
+        }
+        self.variants = tuple(
+            Variant(choice, arch, artifacts[choice.plan], functions[choice.plan])
+            for choice in choices
+        )
 
     @property
     def plan(self) -> Plan:

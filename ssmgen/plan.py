@@ -41,12 +41,12 @@ class Plan:
     evict_first: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[1:-1]:
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1 or value & (value - 1):
-                if field.name == "num_stages" and isinstance(value, int) and value > 0:
-                    continue
-                raise ConfigError(f"plan.{field.name}: {value!r} is not a power of two")
+        for name in ("block_m", "block_n", "num_warps", "num_stages", "split"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"plan.{name}: {value!r} is not a positive int")
+            if name in ("block_m", "block_n", "num_warps") and value & (value - 1):
+                raise ConfigError(f"plan.{name}: {value!r} is not a power of two")
 
     def fields(self) -> dict[str, Any]:
         """Every field by name."""

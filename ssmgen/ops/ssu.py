@@ -225,7 +225,7 @@ def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> N
         interpret(described, arguments)
         return
     views = normalise({n: t for n, t in zip(ABI_TENSORS, tensors) if t is not None})
-    config = described.config
+    config: Any = described.config
     reference(
         **{n: t for n, t in views.items() if n != "rand_seed"},  # type: ignore[arg-type]
         dt_softplus=arguments["dt_softplus"],

@@ -4,7 +4,7 @@ Each model is built from a small configuration with real head shapes and taught,
 three random texts, so that its greedy tokens have margins well above bf16 rounding. It is then cast
 to bf16 and decoded on transformers' own path and with ssmgen in the place of `mamba_ssm`.
 
-SSMGEN_TEST_DEVICE=cpu runs the same tests through ssmgen's CPU reference.
+TEST_DEVICE=cpu runs the same tests through ssmgen's CPU reference.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ hub = pytest.importorskip("transformers.integrations.hub_kernels")
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = os.environ.get("SSMGEN_TEST_DEVICE", "cuda")
-BATCH, PROMPT, STEPS, VOCAB, ALPHABET, HIDDEN = 3, 20, 64, 512, 16, 256
-LR, WORST = 2e-3, 1e-2
-BF16_ROUNDING = 2.0**-8
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+BATCH, PROMPT, STEPS, VOCAB, ALPHABET, HIDDEN = 3, 20, 64, 512, 4, 256
+TAUGHT = 1e-2
+BF16_ULP = 2.0**-7
 OP = "mamba2_selective_state_update"
 
 
@@ -68,23 +68,27 @@ class Family:
         return getattr(self.modeling, f"{self.name}ForCausalLM")(config)
 
 
+def family(*args: Any, **config: Any) -> Family:
+    return Family(*args, config)
+
+
 FAMILIES = (
-    Family(
+    family(
         *("mamba2", "Mamba2", "cache_params", 3, 8, 64, 2, 128),
-        dict(num_hidden_layers=3, num_heads=8, head_dim=64, n_groups=2, state_size=128,
-             chunk_size=16, initializer_range=0.02),
+        num_hidden_layers=3, num_heads=8, head_dim=64, n_groups=2, state_size=128, chunk_size=16,
+        initializer_range=0.02,
     ),
-    Family(
+    family(
         *("bamba", "Bamba", "past_key_values", 2, 8, 64, 4, 64),
-        dict(num_hidden_layers=3, attn_layer_indices=[1], intermediate_size=512,
-             num_attention_heads=4, num_key_value_heads=2, mamba_n_heads=8, mamba_d_head=64,
-             mamba_n_groups=4, mamba_d_state=64, mamba_chunk_size=16),
+        num_hidden_layers=3, attn_layer_indices=[1], intermediate_size=512, num_attention_heads=4,
+        num_key_value_heads=2, mamba_n_heads=8, mamba_d_head=64, mamba_n_groups=4,
+        mamba_d_state=64, mamba_chunk_size=16,
     ),
-    Family(
+    family(
         *("nemotron_h", "NemotronH", "past_key_values", 2, 8, 80, 4, 128),
-        dict(layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
-             intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-             mamba_num_heads=8, mamba_head_dim=80, n_groups=4, ssm_state_size=128, chunk_size=16),
+        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
+        intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        mamba_num_heads=8, mamba_head_dim=80, n_groups=4, ssm_state_size=128, chunk_size=16,
     ),
 )  # fmt: skip
 
@@ -100,6 +104,7 @@ class Taught:
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.module)
 def taught(request: pytest.FixtureRequest) -> Taught:
+    """Over so small an alphabet the last few tokens do not tell the next: the state has to."""
     torch.manual_seed(0)
     model = request.param.build()
     with torch.no_grad():
@@ -110,16 +115,16 @@ def taught(request: pytest.FixtureRequest) -> Taught:
             mixer.D.normal_(1, 0.2)
     texts = torch.randint(1, ALPHABET + 1, (BATCH, PROMPT + STEPS + 1)).to(DEVICE) * 31
     model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(1000):
         logits = model(texts[:, :-1], use_cache=False).logits[:, PROMPT - 1 :].float()
         loss = F.cross_entropy(logits.mT, texts[:, PROMPT:], reduction="none")
-        if loss.max() < WORST:
+        if loss.max() < TAUGHT:
             break
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-    assert loss.max() < WORST
+    assert loss.max() < TAUGHT
     return Taught(request.param, model.eval().requires_grad_(False).bfloat16(), texts)
 
 
@@ -157,7 +162,7 @@ class Shim:
             want, new, magnitude = recurrence(before, x, dt, A, B, C, D, dt_bias)
             error = (out.double() - want).abs()
             assert out.dtype == x.dtype
-            assert (error <= BF16_ROUNDING * want.abs() + 1e-5 * magnitude).all()
+            assert (error <= BF16_ULP / 2 * want.abs() + 1e-5 * magnitude).all()
             torch.testing.assert_close(state.double(), new, rtol=1e-5, atol=1e-6)
         return out
 
@@ -231,15 +236,19 @@ def test_every_mamba_layer_of_every_decode_step_gets_the_exact_recurrence(taught
 
 
 def test_logits_are_as_close_to_fp32_as_on_transformers_own_path(taught: Taught) -> None:
+    """A decay wrong by 1 % is 3.5 to 12 times the rounding error of their path; the op is 0.9 to
+    1.1 times. Two right paths differ by up to 3 ulp of the largest logit; margins are 60 ulp.
+    """
     family, model, texts = taught.family, taught.model, taught.texts
     exact = forced_logits(family, copy.deepcopy(model).float().cpu(), texts.cpu())
     own = forced_logits(family, model, texts)
     with through_ssmgen(family) as shim:
         ours = forced_logits(family, model, texts)
     assert shim.calls == family.layers * STEPS
-    own_error, our_error = ((got - exact).square().mean((1, 2)).sqrt() for got in (own, ours))
-    print(family.name, own_error.mean(), our_error.mean(), (our_error/own_error).max(), (our_error/own_error).min(), exact.abs().amax((1,2)).min(), exact.abs().max(), (own-ours).abs().max(),(own-exact).abs().max(), (ours-exact).abs().max(), our_error.max())
-    top=exact.topk(2).values; print((top[...,0]-top[...,1]).min())
+    own_error, our_error = ((got - exact).square().mean().sqrt() for got in (own, ours))
+    ulp = BF16_ULP * 2 ** exact.abs().max().log2().floor()
+    assert our_error <= 1.5 * own_error
+    assert (ours - own).abs().max() <= 8 * ulp
 
 
 def test_generate_gives_the_same_tokens_as_transformers_own_path(taught: Taught) -> None:

@@ -207,7 +207,7 @@ def test_a_row_with_a_nan_or_an_infinity_has_scale_nan(state, poison, algorithm)
 def test_a_row_of_any_size_keeps_its_peak_and_passes_no_code(state, exponent):
     values = torch.tensor([1.0, -1.0, 0.5, 0.25, -0.125, 0.0, 0.3, -0.7]) * 2.0**exponent
     for rounding in ("nearest", "stochastic"):
-        call, after = stores(values, state, rounding, "simple")
+        _, after = stores(values, state, rounding, "simple")
         found = decoded(after.views)[1, 0]
         peak = values.double().abs().max()
         # Half a step of the code, or a whole one; below 2^-100 a row keeps that of 2^-100.
@@ -221,7 +221,7 @@ def test_a_row_of_any_size_keeps_its_peak_and_passes_no_code(state, exponent):
 # Layouts
 
 
-@settings(max_examples=40)
+@settings(max_examples=200)
 @given(
     served=st.sampled_from(SERVED),
     ratio=st.sampled_from([(3, 1), (6, 2), (2, 2), (5, 1)]),
@@ -277,7 +277,7 @@ def test_any_layout_is_right_and_touches_nothing_else(
     verify(call, run(call, algorithm))
 
 
-@settings(max_examples=25)
+@settings(max_examples=80)
 @given(
     served=st.sampled_from(SERVED),
     dim=st.sampled_from([8, 24, 64, 80, 128]),

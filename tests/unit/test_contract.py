@@ -153,7 +153,7 @@ def of_heads(nheads, ngroups):
 def test_the_group_of_every_head_is_exact_or_the_call_is_refused(ngroups, ratio, data):
     nheads = ngroups * ratio
     if nheads * 64 >= 2**31 or 2 * nheads * ratio >= 2**31:
-        with pytest.raises(ArgumentValueError, match="heads|elements"):
+        with pytest.raises(ArgumentValueError, match=r"heads|elements"):
             of_heads(nheads, ngroups)
         return
     found = of_heads(nheads, ngroups)
@@ -247,7 +247,7 @@ def test_a_missing_argument_is_refused_by_name(name):
 
 def test_an_unknown_argument_is_refused_by_name():
     call = base()
-    with pytest.raises(ArgumentTypeError, match="^states: not an argument"):
+    with pytest.raises(ArgumentTypeError, match=r"^states: not an argument"):
         layout(**call.arguments(), states=call["state"])
 
 
@@ -394,7 +394,7 @@ def test_a_headless_call_is_the_call_with_heads_of_up_to_64_rows(state, dim):
     assert (config.dim, config.dstate, config.tie_hdim) == (rows, 16, False)
     views = call.views
     assert views["state"].shape == (6, dim // rows, rows, 16)
-    with_heads = Call({n: t for n, t in views.items()}, call.switches)
+    with_heads = Call(views, call.switches)
     assert all(same(a, b) for a, b in zip(results(call), results(with_heads), strict=True))
 
 
@@ -419,8 +419,10 @@ def test_a_headless_argument_of_another_dim_is_refused_by_name(name):
 
 @pytest.mark.parametrize("state", list(DTYPES))
 def test_a_layout_reads_the_config_off_the_tensors(state):
-    call = make(state, "nearest", z=True, D=False, weight_dtype="bf16", a_dtype="fp16", dtype="fp16",
-                softplus=False, pdl=True, algorithm="simple")  # fmt: skip
+    call = make(
+        state, z=True, D=False, weight_dtype="bf16", a_dtype="fp16", dtype="fp16", softplus=False,
+        pdl=True, algorithm="simple",
+    )  # fmt: skip
     config = call.layout().config
     assert {name: getattr(config, name) for name in (
         "state_dtype", "dtype", "dt_dtype", "weight_dtype", "a_dtype", "has_z", "has_d",

@@ -73,7 +73,7 @@ def test_a_named_arch_is_compiled_without_a_gpu_and_shows_what_it_is(store_dir):
     assert manifest["num_warps"] == found.plan.num_warps
     assert f"def {manifest['entry']}(" in found.source
     assert manifest["key"] in found.source
-    assert [name for name, _ in manifest["arguments"]][0] == "state"
+    assert manifest["arguments"][0] == ["state", "*fp32"]
     why = found.explain()
     assert all(text in why for text in (str(found.plan), "sm_90", "table", manifest["key"][:12]))
     assert re.search(r"\d+ registers, 0 bytes spilled", why)
@@ -106,7 +106,15 @@ def test_another_store_or_switch_gives_another_object(buckets, monkeypatch, tmp_
 
 def test_select_takes_the_smallest_bucket_that_serves(buckets):
     found = get_kernel(KernelConfig(), arch="sm_90")
-    sizes = {(1, 1): 4, (1, 64): 4, (64, 1): 4, (1, 65): 8, (16, 64): 8, (1025, 1): 16, (9, 999): 16}
+    sizes = {
+        (1, 1): 4,
+        (1, 64): 4,
+        (64, 1): 4,
+        (1, 65): 8,
+        (16, 64): 8,
+        (1025, 1): 16,
+        (9, 999): 16,
+    }
     assert {size: found.select(*size).plan.block_m for size in sizes} == sizes
     assert found.select(0, 128).plan.block_m == 4
     assert found.plan.block_m == 16
@@ -144,7 +152,9 @@ def test_a_kernel_that_was_only_compiled_refuses_to_launch(buckets):
 def test_arguments_of_another_config_are_refused_by_what_differs(buckets):
     call = make("fp32", dim=64, dstate=128, z=True)
     found = get_kernel(make("fp32", dim=64, dstate=128).layout().config, arch="sm_90")
-    with pytest.raises(ArgumentValueError, match="has_z: the arguments have True, the kernel False"):
+    with pytest.raises(
+        ArgumentValueError, match="has_z: the arguments have True, the kernel False"
+    ):
         found.bind(**call.tensors)
 
 
@@ -163,7 +173,9 @@ def test_a_failed_compilation_fails_again_and_blocks_nobody(buckets, monkeypatch
 
 def test_what_the_compiler_says_is_in_the_error(store_dir, monkeypatch):
     monkeypatch.setattr(compiler, "render", lambda *a: "import triton\n\n@triton.jit\ndef ssu_simple():\n    nonsense\n")  # fmt: skip  # noqa: E501
-    monkeypatch.setattr(compiler, "spec", lambda family: type("F", (), {"arguments": lambda s, c: ()})())
+    monkeypatch.setattr(
+        compiler, "spec", lambda family: type("F", (), {"arguments": lambda s, c: ()})()
+    )
     with pytest.raises(compiler.CompileError) as caught:
         compiler.compile(KernelConfig(), Plan(algorithm="simple", block_m=1, block_n=8, num_warps=1), Arch(90))  # fmt: skip  # noqa: E501
     text = str(caught.value)

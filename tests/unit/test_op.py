@@ -131,18 +131,21 @@ def test_disable_state_update_changes_only_the_output():
 
 def test_arguments_are_in_flashinfers_order_with_its_defaults():
     found = inspect.signature(ssmgen.selective_state_update).parameters
-    names = (
-        "state x dt A B C D z dt_bias dt_softplus state_batch_indices pad_slot_id state_scale out "
-        "disable_state_update intermediate_states_buffer intermediate_state_indices "
-        "intermediate_state_scales rand_seed philox_rounds cache_steps algorithm "
-        "dst_state_batch_indices cu_seqlens num_accepted_tokens backend"
-    ).split()
+    names = [
+        "state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus",
+        "state_batch_indices", "pad_slot_id", "state_scale", "out", "disable_state_update",
+        "intermediate_states_buffer", "intermediate_state_indices", "intermediate_state_scales",
+        "rand_seed", "philox_rounds", "cache_steps", "algorithm", "dst_state_batch_indices",
+        "cu_seqlens", "num_accepted_tokens", "backend",
+    ]  # fmt: skip
     assert [n for n, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == names
     assert [n for n, p in found.items() if p.kind is p.KEYWORD_ONLY] == ["pdl"]
     required = {"state", "x", "dt", "A", "B", "C"}
     assert {n for n, p in found.items() if p.default is p.empty} == required
-    other = {"dt_softplus": False, "pad_slot_id": -1, "disable_state_update": False, "pdl": False,
-             "philox_rounds": 10, "cache_steps": 0, "algorithm": "auto", "backend": "auto"}  # fmt: skip
+    other = {
+        "dt_softplus": False, "pad_slot_id": -1, "disable_state_update": False, "pdl": False,
+        "philox_rounds": 10, "cache_steps": 0, "algorithm": "auto", "backend": "auto",
+    }  # fmt: skip
     for name, parameter in found.items():
         if name not in required:
             assert parameter.default == other.get(name), name
@@ -230,7 +233,9 @@ def test_torch_compile_takes_it_in_one_graph(name, given_out):
 
 
 def test_torch_compile_serves_other_batch_sizes():
-    step = torch.compile(ssmgen.selective_state_update, fullgraph=True, backend="aot_eager", dynamic=True)
+    step = torch.compile(
+        ssmgen.selective_state_update, fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for batch in (2, 3, 5, 7):
         call = make("bf16", batch=batch, slots=9)
         after, wanted = call.copy(), run(call)
@@ -271,7 +276,9 @@ def test_a_subclass_of_tensor_goes_through_the_dispatcher():
     after = call.copy()
     after.tensors["x"] = after["x"].as_subclass(Mine)
     ssmgen.selective_state_update(**after.arguments())
-    assert_same_call(Call({n: t.as_subclass(torch.Tensor) for n, t in after.tensors.items()}), run(call))
+    assert_same_call(
+        Call({n: t.as_subclass(torch.Tensor) for n, t in after.tensors.items()}), run(call)
+    )
 
 
 def test_threads_may_call_it_at_once():

@@ -203,7 +203,9 @@ def test_what_is_no_cubin_is_refused():
         Artifact.verify(KEY, text.contents(), ABI_VERSION)
 
 
-@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"{}", b'{"files": 3}', b"\xff\xfe", b"1e999"])
+@pytest.mark.parametrize(
+    "text", [b"", b"null", b"[]", b"{}", b'{"files": 3}', b"\xff\xfe", b"1e999"]
+)
 def test_a_manifest_of_any_other_shape_is_refused(text):
     with pytest.raises(StoreError, match=r"manifest\.json"):
         Artifact.verify(KEY, {**ONE.contents(), "manifest.json": text}, ABI_VERSION)
@@ -290,7 +292,9 @@ def test_publishing_where_writing_is_refused_is_a_store_error(others_store):
 
 def test_roots_are_the_user_store_then_the_read_only_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("SSMGEN_CACHE_DIR", str(tmp_path / "own"))
-    monkeypatch.setenv("SSMGEN_CACHE_PATH", os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
+    monkeypatch.setenv(
+        "SSMGEN_CACHE_PATH", os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")])
+    )
     found = [(store.root.name, store.writable) for store in stores()]
     assert found == [("own", True), ("a", False), ("b", False)]
 
@@ -363,7 +367,7 @@ def test_a_publisher_killed_at_any_moment_leaves_an_entry_whole_or_absent(store,
             published += found is not None
         root.put(wanted[0])
         assert equal(root.get(wanted[0].manifest["key"], TOOLCHAIN), wanted[0])
-    assert 0 < published
+    assert published > 0
     assert not caplog.records
 
 
@@ -496,9 +500,7 @@ def test_a_full_disk_costs_the_store_not_the_kernel(compilations, store_dir, cap
     assert list((store_dir / "v1" / "stage").iterdir()) == []
 
 
-def test_a_store_that_is_no_folder_costs_the_store_not_the_kernel(
-    compilations, store_dir, caplog
-):
+def test_a_store_that_is_no_folder_costs_the_store_not_the_kernel(compilations, store_dir, caplog):
     store_dir.write_text("not a folder")
     with caplog.at_level(logging.WARNING, "ssmgen"):
         built = kernel.build(CONFIG, PLAN, SM_90)

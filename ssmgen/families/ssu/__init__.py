@@ -121,14 +121,17 @@ class Ssu(Family):
             block_n = next_power_of_2(config.dstate)
             rows = power_of_2_divisor(config.dim)
             block_m = max(1, min(rows, plan.block_m * REFERENCE_DSTATE // block_n))
-            split = min(plan.split, rows // block_m) if plan.algorithm == "vertical" else 1
-            steps = config.dim // (split * block_m)
-            stages = min(plan.num_stages, steps) if plan.algorithm == "vertical" else 1
+            split = stages = 1
+            if plan.algorithm == "vertical":
+                tiles = config.dim // block_m
+                split = next(n for n in range(min(plan.split, tiles), tiles + 1) if tiles % n == 0)
+                stages = min(plan.num_stages, tiles // split)
         # A thread below one 16-byte vector only adds idle lanes.
         vector = max(1, 16 // ITEMSIZE[config.state_dtype])
         warps = max(1, min(plan.num_warps, block_m * block_n // (32 * vector)))
-        if plan.algorithm == "horizontal" and block_m * block_n // (32 * warps) > 128:
-            warps = min(16, block_m * block_n // (32 * 128))
+        # Horizontal keeps the tile and its partial sums in registers.
+        if plan.algorithm == "horizontal":
+            warps = max(warps, min(16, block_m * block_n // (32 * 64)))
         while stages > 1 and stages * block_m * block_n * ITEMSIZE[config.state_dtype] > (
             arch.shared_memory // 2
         ):

@@ -1,0 +1,202 @@
+"""Every ssu kernel on every architecture: it compiles, within limits, to the instructions meant."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from ssu_calls import SCALED, SERVED
+
+from ssmgen import Arch, KernelConfig, compiler
+from ssmgen.arch import KNOWN
+from ssmgen.families.ssu.config import ITEMSIZE
+from ssmgen.plan import dispatch
+from ssmgen.template import TRITON_TYPES, key
+
+# Where no plan was measured, twelve warps, three a scheduler, must fit the 65536 registers of an
+# SM, or too few loads are in flight. Where plans were measured, the clock has spoken; a thread
+# cannot have more than 255.
+GUESSED, MOST = 65536 // (12 * 32), 255
+MEASURED = {"sm_90"}
+
+NO_PDL = {"sm_80", "sm_86", "sm_89"}
+CVT_RS = {"sm_100", "sm_103"}
+# There ptxas may give up two values for one more warp, however few registers are in use.
+MAY_SPILL = {"sm_120": 8, "sm_121": 8}
+
+
+class Compiled:
+    """An artifact with the PTX it was made from."""
+
+    def __init__(self, config, plan, arch):
+        seen = []
+        real = compiler._triton
+        try:
+            compiler._triton = lambda *a: seen.append(real(*a)) or seen[0]
+            self.artifact = compiler.compile(config, plan, Arch.of(arch))
+        finally:
+            compiler._triton = real
+        self.config, self.plan, self.arch = config, plan, Arch.of(arch)
+        self.manifest = self.artifact.manifest
+        self.ptx = seen[0].asm["ptx"]
+
+    def bytes_of(self, pattern):
+        """What all threads move with the 16-byte instructions that match, were each run once."""
+        return 16 * 32 * self.plan.num_warps * len(re.findall(pattern, self.ptx))
+
+    @property
+    def wide_loads(self):
+        return self.bytes_of(r"\bld\.global[.\w:]*\.v4\.b32") + self.bytes_of(r"cp\.async\.cg\.")
+
+    @property
+    def wide_stores(self):
+        return self.bytes_of(r"\bst\.global[.\w:]*\.v4\.b32")
+
+    @property
+    def tile(self):
+        return self.plan.block_m * self.plan.block_n * ITEMSIZE[self.config.state_dtype]
+
+
+_compiled = {}
+
+
+def compiled(config, plan, arch):
+    name = key(config, plan, Arch.of(arch))
+    if name not in _compiled:
+        _compiled[name] = Compiled(config, plan, arch)
+    return _compiled[name]
+
+
+def for_largest(arch, **fields):
+    """The kernel for the largest batches of a config on an arch."""
+    config = KernelConfig(**fields)
+    return compiled(config, dispatch(config, Arch.of(arch))[-1].plan, arch)
+
+
+def assert_within_limits(found, registers=None):
+    manifest, arch = found.manifest, str(found.arch)
+    assert found.artifact.cubin.startswith(b"\x7fELF")
+    assert manifest["spills"] <= MAY_SPILL.get(arch, 0)
+    assert manifest["registers"] <= (registers or (MOST if arch in MEASURED else GUESSED))
+    assert manifest["shared"] <= found.arch.shared_memory
+    assert manifest["registers"] * 32 * manifest["num_warps"] <= 65536
+
+
+def assert_right_instructions(found):
+    config, arch = found.config, str(found.arch)
+    hardware = config.rounding == "stochastic" and config.state_dtype in ("fp16", "bf16")
+    assert ("cvt.rs." in found.ptx) == (hardware and arch in CVT_RS)
+    if hardware and arch in CVT_RS:
+        assert f"cvt.rs.{config.state_dtype.replace('fp', 'f')}x2.f32" in found.ptx
+    assert ("griddepcontrol" in found.ptx) == (config.pdl and arch not in NO_PDL)
+    assert f".target {arch}" in found.ptx
+
+
+@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
+def test_every_kernel_compiles_within_limits(arch, algorithm, state, rounding):
+    found = for_largest(arch, algorithm=algorithm, state_dtype=state, rounding=rounding)
+    assert found.plan.algorithm == algorithm
+    assert_within_limits(found)
+    assert_right_instructions(found)
+
+
+@pytest.mark.parametrize("sizes", [(64, 128), (80, 128), (64, 256)], ids=str)
+@pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
+def test_aligned_states_move_16_bytes_a_time(algorithm, state, rounding, sizes):
+    dim, dstate = sizes
+    found = for_largest(
+        "sm_90", algorithm=algorithm, state_dtype=state, rounding=rounding, dim=dim, dstate=dstate
+    )
+    assert_within_limits(found)
+    # A loop's body may stand there more than once.
+    assert found.wide_loads >= found.tile
+    assert found.wide_stores >= found.tile
+    assert found.wide_stores % found.tile == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
+def test_unaligned_variants_compile_and_assume_no_alignment(arch, algorithm, state, rounding):
+    found = for_largest(
+        arch, algorithm=algorithm, state_dtype=state, rounding=rounding, aligned=False
+    )
+    assert_within_limits(found, MOST)
+    assert found.wide_loads == found.wide_stores == 0
+    assert not re.search(r"(ld|st)\.global[.\w:]*\.v[248]\.", found.ptx)
+
+
+def _shipped():
+    """Every plan the table has for the very config it was measured with."""
+    for state in ITEMSIZE:
+        for rounding in ("nearest", "stochastic"):
+            for pdl in (False, True):
+                if (state, rounding) != ("fp32", "stochastic"):
+                    config = KernelConfig(state_dtype=state, rounding=rounding, pdl=pdl)
+                    for arch in KNOWN if not pdl else ("sm_90", "sm_100"):
+                        for choice in dispatch(config, Arch.of(arch))[:-1]:
+                            yield pytest.param(
+                                config, choice.plan, arch, id=f"{arch}-{state}-{rounding}-{pdl}"
+                            )
+
+
+@pytest.mark.parametrize(("config", "plan", "arch"), _shipped())
+def test_every_plan_of_the_shipped_table_compiles_within_limits(config, plan, arch):
+    found = compiled(config, plan, arch)
+    assert_within_limits(found)
+    assert_right_instructions(found)
+    assert found.wide_stores >= found.tile
+
+
+@pytest.mark.parametrize("arch", KNOWN)
+@pytest.mark.parametrize(("state", "rounding"), [("fp16", "stochastic"), ("int8", "nearest")])
+def test_dependent_launch_is_there_only_where_asked_for_and_supported(arch, state, rounding):
+    for pdl in (True, False):
+        found = for_largest(arch, state_dtype=state, rounding=rounding, pdl=pdl)
+        assert_within_limits(found)
+        assert_right_instructions(found)
+
+
+@pytest.mark.parametrize(("state", "rounding"), [("fp32", "nearest"), ("fp16", "stochastic")])
+def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
+    found = for_largest("sm_90", algorithm="simple", state_dtype=state, rounding=rounding, pdl=True)
+    before, after = found.ptx.split("griddepcontrol.wait", 1)
+    loads = re.findall(r"ld\.global[.\w:]*\.v4\.b32", before)
+    assert 16 * 32 * found.plan.num_warps * len(loads) >= found.tile
+    assert "st.global" not in before
+    assert "st.global" in after
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    "sizes", [(80, 128), (96, 96), (160, 64), (192, 256), (512, 512), (8, 8)], ids=str
+)
+@pytest.mark.parametrize("algorithm", ["simple", "vertical", "horizontal"])
+def test_odd_and_extreme_sizes_compile_without_spills(arch, sizes, algorithm):
+    dim, dstate = sizes
+    for state in ("bf16", "int8"):
+        if algorithm != "horizontal" or state not in SCALED:
+            found = for_largest(
+                arch, algorithm=algorithm, state_dtype=state, dim=dim, dstate=dstate
+            )
+            assert_within_limits(found, MOST)
+
+
+@pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
+def test_mamba1_kernels_compile_without_spills(algorithm, state, rounding):
+    found = for_largest(
+        "sm_90", algorithm=algorithm, state_dtype=state, rounding=rounding, tie_hdim=False,
+        dstate=16, has_z=True,
+    )  # fmt: skip
+    assert_within_limits(found, MOST)
+
+
+def test_the_manifest_lists_the_arguments_of_the_binary():
+    found = for_largest("sm_90", state_dtype="int8", rounding="stochastic")
+    parameters = re.search(r"\.entry \w+\((.*?)\n\)", found.ptx, re.DOTALL).group(1)
+    widths = re.findall(r"\.param \.(?:u|b|s)(\d+)( \.ptr)?", parameters)
+    types = [type for _, type in found.manifest["arguments"]]
+    wanted = ["64" if type.startswith("*") else type[1:] for type in types]
+    wanted += ["64"] * found.manifest["scratch_pointers"]
+    assert [width for width, _ in widths] == wanted
+    assert {t.removeprefix("*") for t in types if t.startswith("*")} <= TRITON_TYPES.keys()
