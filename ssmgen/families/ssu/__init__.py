@@ -106,6 +106,7 @@ class Ssu(Family):
     def fit(self, config: SsuConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
 
+        warps = plan.num_warps
         if plan.algorithm == "horizontal":
             if config.state_scale_t:
                 config.reject(
@@ -120,7 +121,9 @@ class Ssu(Family):
         else:
             block_n = next_power_of_2(config.dstate)
             rows = power_of_2_divisor(config.dim)
-            block_m = max(1, min(rows, plan.block_m * REFERENCE_DSTATE // block_n))
+            wanted = max(1, plan.block_m * REFERENCE_DSTATE // block_n)
+            block_m = min(rows, wanted)
+            warps = max(1, warps * block_m // wanted)
             split = stages = 1
             if plan.algorithm == "vertical":
                 tiles = config.dim // block_m
@@ -128,7 +131,7 @@ class Ssu(Family):
                 stages = min(plan.num_stages, tiles // split)
         # A thread below one 16-byte vector only adds idle lanes.
         vector = max(1, 16 // ITEMSIZE[config.state_dtype])
-        warps = max(1, min(plan.num_warps, block_m * block_n // (32 * vector)))
+        warps = max(1, min(warps, block_m * block_n // (32 * vector)))
         # Horizontal keeps the tile and its partial sums in registers.
         if plan.algorithm == "horizontal":
             warps = max(warps, min(16, block_m * block_n // (32 * 64)))
