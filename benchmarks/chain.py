@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from harness import copy_bandwidth, environment, save, time_graph, warm_clocks
+from harness import environment, save, warm_clocks
 from problem import Problem
 
 import ssmgen
 from ssmgen.reference.ssu import ssu_step
+from ssmgen.timing import copy_bandwidth, time_graph
 
 
 @triton.jit

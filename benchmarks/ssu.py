@@ -2,6 +2,7 @@
 
     python benchmarks/ssu.py                      writes benchmarks/results/ssu-<gpu>.json
     python benchmarks/ssu.py --table FILE         prints the Markdown tables of a result file
+    python benchmarks/ssu.py --plot FILE PNG      draws one
 
 Time is that of one launch inside a CUDA graph which rotates over slot sets of at least 512 MB
 together; the floor is the bytes that must move over the bandwidth of an in-place pass measured in
@@ -47,8 +48,10 @@ def label(state: str, stochastic: bool, rounds: int) -> str:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from contestants import CONTESTANTS, FLUSHED_BELOW
-    from harness import copy_bandwidth, environment, time_graph, warm_clocks
+    from harness import environment, warm_clocks
     from problem import Problem
+
+    from ssmgen.timing import copy_bandwidth, time_graph
 
     warm_clocks()
     bandwidth = copy_bandwidth()
@@ -160,18 +163,22 @@ def host() -> dict[str, float]:
     return found
 
 
-def tables(path: str) -> str:
-    """Markdown tables of a result file: microseconds and share of the floor."""
-    data = json.loads(Path(path).read_text())
+def tables(data: dict[str, Any], grids: list[str], states: list[str] | None = None) -> str:
+    """Markdown tables of a result: microseconds and share of the floor."""
     env = data["environment"]
     lines = [
         f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}, Triton {env['triton']}, "
-        f"{env['date']}; in-place pass {data['bandwidth'] / 1e12:.2f} TB/s.",
+        f"{env['date']}; in-place pass {data['bandwidth'] / 1e12:.2f} TB/s. Microseconds, and in "
+        "brackets the share of the floor: the bytes that must move over that bandwidth.",
     ]
-    for grid in dict.fromkeys(c["grid"] for c in data["cells"]):
-        cells = [c for c in data["cells"] if c["grid"] == grid]
+    for grid in grids:
+        cells = [
+            c
+            for c in data["cells"]
+            if c["grid"] == grid and (states is None or c["state"] in states)
+        ]
         names = [n for n in ("ssmgen", "flashinfer", "vllm") if any(n in c["us"] for c in cells)]
-        lines += ["", f"### {grid}", "", "| state | batch | floor | " + " | ".join(names) + " |",
+        lines += ["", f"**{grid}**", "", "| state | batch | floor | " + " | ".join(names) + " |",
                   "|---|---|---|" + "---|" * len(names)]  # fmt: skip
         for c in cells:
             row = [
@@ -183,16 +190,53 @@ def tables(path: str) -> str:
             lines.append(f"| {c['state']} | {c['batch']} | {c['floor_us']:.2f} | " +
                          " | ".join(row) + " |")  # fmt: skip
         for peer in names[1:]:
-            ratios = [
-                c["us"][peer] / c["us"]["ssmgen"]
-                for c in cells
-                if peer in c["us"] and "ssmgen" in c["us"]
-            ]
-            mean = statistics.geometric_mean(ratios)
-            lines += ["", f"{peer} / ssmgen: geometric mean {mean:.2f}, least {min(ratios):.2f}."]
-    lines += ["", "| host | |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in data["host"].items()]
+            both = [c for c in cells if peer in c["us"] and "ssmgen" in c["us"]]
+            for title, chosen in (
+                ("nearest", [c for c in both if "SR" not in c["state"]]),
+                ("stochastic", [c for c in both if "SR" in c["state"]]),
+            ):
+                if chosen:
+                    ratios = [c["us"][peer] / c["us"]["ssmgen"] for c in chosen]
+                    mean = statistics.geometric_mean(ratios)
+                    lines += ["", f"{peer} / ssmgen, {title}: geometric mean {mean:.2f}, "
+                              f"least {min(ratios):.2f}, of {len(ratios)} cells."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def host_table(data: dict[str, Any]) -> str:
+    """What a call costs on the host."""
+    rows = [f"| {name.removesuffix(', ms').removesuffix(', us')} | {value:.2f} "
+            f"{'ms' if name.endswith('ms') else 'us'} |"
+            for name, value in data["host"].items()]  # fmt: skip
+    return "\n".join(["| host | time |", "|---|---|", *rows]) + "\n"
+
+
+def plot(data: dict[str, Any], path: str) -> None:
+    """Share of the floor over batch, a panel for each state dtype of the first grid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = [c for c in data["cells"] if c["grid"] == "128 heads"]
+    states = list(dict.fromkeys(c["state"] for c in cells))
+    figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex=True, sharey=True)
+    for axis, state in zip(axes.flat, states):
+        for name in ("ssmgen", "flashinfer", "vllm"):
+            found = [(c["batch"], 100 * c["floor_us"] / c["us"][name]) for c in cells
+                     if c["state"] == state and name in c["us"]]  # fmt: skip
+            if found:
+                axis.plot(*zip(*found), marker="o", label=name)
+        axis.set_title(state)
+        axis.set_xscale("log", base=4)
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    figure.supxlabel("batch")
+    figure.supylabel("share of the floor, %")
+    figure.suptitle(f"selective_state_update, 128 heads, {data['environment']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -200,10 +244,17 @@ def main() -> None:
     parser.add_argument("--out", help="result file (default: benchmarks/results/ssu-<gpu>.json)")
     parser.add_argument("--grids", nargs="*", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--states", nargs="*", help="of --table: the states to show")
     parser.add_argument("--table", metavar="FILE", help="print the tables of a result file")
+    parser.add_argument("--plot", nargs=2, metavar=("FILE", "PNG"), help="draw a result file")
     arguments = parser.parse_args()
     if arguments.table:
-        print(tables(arguments.table), end="")
+        data = json.loads(Path(arguments.table).read_text())
+        print(tables(data, arguments.grids, arguments.states))
+        print(host_table(data), end="")
+        return
+    if arguments.plot:
+        plot(json.loads(Path(arguments.plot[0]).read_text()), arguments.plot[1])
         return
     from harness import save
 

@@ -106,11 +106,12 @@ def runner(problem: Any, function: Any, config: KernelConfig, plan: Plan) -> Any
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from harness import copy_bandwidth, environment, save, time_graph, warm_clocks
+    from harness import environment, save, warm_clocks
     from problem import Problem
 
     from ssmgen.kernel import build
     from ssmgen.launcher import load
+    from ssmgen.timing import copy_bandwidth, time_graph
 
     begin = time.time()
     arch = Arch.detect()

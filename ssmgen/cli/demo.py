@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -198,13 +199,13 @@ def _compile(config: SsuConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
 def _run_all(
     console: Console, quiet: bool, gpu: str | None, interpreted: str, problems: list[str]
 ) -> dict[str, Any]:
-    from . import trial
+    from .. import timing
 
     # A GPU gets a layer of a 128-head model; the interpreter a few of the same heads.
     shape = {"batch": 64, "nheads": 128, "ngroups": 8}
     if gpu is None:
         shape = {"batch": 2, "nheads": 4, "ngroups": 2}
-    bandwidth = trial.copy_bandwidth() if gpu else None
+    bandwidth = timing.copy_bandwidth() if gpu else None
     runs = []
     jobs = [(f"{state} {rounding}", (state, rounding)) for state, rounding in CASES]
     for name, (state, rounding) in _steps(console, quiet, "run", jobs):
@@ -241,11 +242,13 @@ def _on_gpu(
     config: SsuConfig, shape: dict[str, int], bandwidth: float
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     from ..arch import Arch
-    from .trial import POOL_BYTES, Trial, measure
+    from ..timing import time_graph
+    from .trial import POOL_BYTES, Trial
 
     trial = Trial(config, **shape, device="cuda", pool_bytes=POOL_BYTES)
     verdict = trial.judge(lambda: trial.launch(0))
-    seconds = measure([lambda i=i: trial.launch(i) for i in range(trial.sets)])  # type: ignore[misc]
+    launches = [functools.partial(trial.launch, i) for i in range(trial.sets)]
+    seconds = time_graph(launches) * 1e-6
     found = {
         "plan": trial.plan(Arch.detect()).fields(),
         **verdict.errors(),

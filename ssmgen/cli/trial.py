@@ -6,8 +6,7 @@ What an answer may be off by is derived, not fitted: half a unit in the last pla
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..families.ssu.contract import layout
 from ..plan import Plan, dispatch
 from ..reference import QMAX, quantise, ssu_step
 
-__all__ = ["POOL_BYTES", "Trial", "Verdict", "copy_bandwidth", "measure"]
+__all__ = ["POOL_BYTES", "Trial", "Verdict"]
 
 # More than any L2, so that a slot set is out of it when its turn comes again.
 POOL_BYTES = 512 * 2**20
@@ -256,32 +255,3 @@ class Trial:
         if ((found - expected).abs() <= 2.0**-20 * expected + slack.amax(-1) / largest).all():
             return None
         return "a scale is not that of its row's largest element"
-
-
-def measure(launches: Sequence[Callable[[], Any]], replays: int = 7) -> float:
-    """Seconds a launch: the median replay of one CUDA graph that holds all of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launches[0]()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for launch in launches:
-                launch()
-        times = []
-        for _ in range(replays + 1):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-    torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times[1:]) / len(launches)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of an in-place elementwise pass over 1 GiB."""
-    data = torch.randn(2**28, device="cuda")
-    seconds = measure([lambda: data.mul_(0.999)] * 8, replays=30)
-    return 2 * data.nbytes / seconds

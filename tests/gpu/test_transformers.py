@@ -68,27 +68,25 @@ class Family:
         return getattr(self.modeling, f"{self.name}ForCausalLM")(config)
 
 
-def family(*args: Any, **config: Any) -> Family:
-    return Family(*args, config)
-
-
+ATTENTION = {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = (
-    family(
-        *("mamba2", "Mamba2", "cache_params", 3, 8, 64, 2, 128),
-        num_hidden_layers=3, num_heads=8, head_dim=64, n_groups=2, state_size=128, chunk_size=16,
-        initializer_range=0.02,
+    Family(
+        "mamba2", "Mamba2", "cache_params", layers=3, heads=8, dim=64, groups=2, dstate=128,
+        config={"num_hidden_layers": 3, "num_heads": 8, "head_dim": 64, "n_groups": 2,
+                "state_size": 128, "chunk_size": 16, "initializer_range": 0.02},
     ),
-    family(
-        *("bamba", "Bamba", "past_key_values", 2, 8, 64, 4, 64),
-        num_hidden_layers=3, attn_layer_indices=[1], intermediate_size=512, num_attention_heads=4,
-        num_key_value_heads=2, mamba_n_heads=8, mamba_d_head=64, mamba_n_groups=4,
-        mamba_d_state=64, mamba_chunk_size=16,
+    Family(
+        "bamba", "Bamba", "past_key_values", layers=2, heads=8, dim=64, groups=4, dstate=64,
+        config={"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_heads": 8,
+                "mamba_d_head": 64, "mamba_n_groups": 4, "mamba_d_state": 64,
+                "mamba_chunk_size": 16, **ATTENTION},
     ),
-    family(
-        *("nemotron_h", "NemotronH", "past_key_values", 2, 8, 80, 4, 128),
-        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention"],
-        intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        mamba_num_heads=8, mamba_head_dim=80, n_groups=4, ssm_state_size=128, chunk_size=16,
+    Family(
+        "nemotron_h", "NemotronH", "past_key_values",
+        layers=2, heads=8, dim=80, groups=4, dstate=128,
+        config={"hybrid_override_pattern": "M-*M", "head_dim": 64, "mamba_num_heads": 8,
+                "mamba_head_dim": 80, "n_groups": 4, "ssm_state_size": 128, "chunk_size": 16,
+                **ATTENTION},
     ),
 )  # fmt: skip
 
@@ -210,22 +208,17 @@ def forced_logits(family: Family, model: Any, texts: torch.Tensor) -> torch.Tens
     steps = []
     for t in range(PROMPT, PROMPT + STEPS):
         positions = torch.full((BATCH, 1), t, device=texts.device)
-        out = model(
-            texts[:, t : t + 1], position_ids=positions, use_cache=True, **{family.cache: cache}
-        )
-        steps.append(out.logits[:, -1].double().cpu())
+        step = {"position_ids": positions, "use_cache": True, family.cache: cache}
+        steps.append(model(texts[:, t : t + 1], **step).logits[:, -1].double().cpu())
     return torch.stack(steps)
 
 
 def greedy(taught: Taught) -> torch.Tensor:
     """The STEPS + 1 tokens that `generate` appends to the prompts: one by prefill, then decode."""
     prompts = taught.texts[:, :PROMPT]
-    tokens = taught.model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=STEPS + 1,
-        do_sample=False,
-    )
+    mask = torch.ones_like(prompts)
+    generate = taught.model.generate
+    tokens = generate(prompts, attention_mask=mask, max_new_tokens=STEPS + 1, do_sample=False)
     return tokens[:, PROMPT:]
 
 

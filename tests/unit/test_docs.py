@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,11 +133,23 @@ def test_readme_maps_every_module() -> None:
     assert named == there
 
 
-def test_readme_has_a_place_for_what_was_measured() -> None:
-    before, mark, rest = (ROOT / "README.md").read_text().partition("<!-- measured -->")
-    assert mark
-    assert "<!-- /measured -->" in rest
-    assert "## Measured" in before
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (
+            "README.md",
+            ["--grids", "128 heads", "--states", "fp32", "fp16", "fp16 + SR 10", "int16"],
+        ),
+        ("docs/performance.md", []),
+    ],
+)
+def test_measured_tables_are_what_the_benchmark_prints_of_its_result(path, options) -> None:
+    result = ROOT / "benchmarks" / "results" / "ssu-h200.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "ssu.py"), "--table", str(result)]
+    printed = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    text = (ROOT / path).read_text()
+    block = text.partition("<!-- measured -->\n")[2].partition("<!-- /measured -->")[0]
+    assert block == printed.stdout
 
 
 def test_targets_named_in_the_docs_exist() -> None:
