@@ -116,6 +116,8 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
         "launch_pdl": bool(config.pdl and arch.pdl),
+        # Said, because Triton 3.10 changes the default: the kernels are fused multiply-adds.
+        "enable_fp_fusion": True,
     }
     with (
         tempfile.TemporaryDirectory(prefix="ssmgen-") as scratch,

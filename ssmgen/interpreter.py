@@ -80,6 +80,7 @@ def _kernel(config: KernelConfig, plan: Plan, arch: Arch) -> Any:
 def _interpreting() -> Iterator[None]:
     import triton.experimental.gluon  # takes copies of these functions when imported  # noqa: F401
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
     from triton.runtime.jit import JITFunction
 
@@ -114,15 +115,29 @@ def _interpreting() -> Iterator[None]:
         raw = after if after in (torch.float32, torch.float16) else raw
         return TensorHandle(rounded.view(raw).numpy().reshape(source.data.shape), type.scalar)
 
+    masked_load, masked_store = (
+        interpreter_builder.create_masked_load,
+        interpreter_builder.create_masked_store,
+    )
+
+    def as_mask(handle: Any) -> Any:
+        # Triton 3.9 keeps a comparison in the type of what it compared.
+        return TensorHandle(handle.data.astype(bool), tl.int1)
+
     interpreter_builder.cast_impl = cast
     interpreter_builder.create_fp_to_fp = cast
+    interpreter_builder.create_masked_load = lambda p, m, *a: masked_load(p, as_mask(m), *a)
+    interpreter_builder.create_masked_store = lambda p, v, m, *a: masked_store(p, v, as_mask(m), *a)
     try:
         yield
     finally:
-        del interpreter_builder.cast_impl, interpreter_builder.create_fp_to_fp
+        for name in ("cast_impl", "create_fp_to_fp", "create_masked_load", "create_masked_store"):
+            delattr(interpreter_builder, name)
         for namespace, before in saved:
             for name, value in list(vars(namespace).items()):
                 if name not in before:
-                    delattr(namespace, name)
+                    # What rewritten functions find among their globals stays: they are kept.
+                    if vars(interpreter).get(name) is not value:
+                        delattr(namespace, name)
                 elif before[name] is not value:
                     setattr(namespace, name, before[name])

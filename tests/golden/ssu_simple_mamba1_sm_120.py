@@ -1,7 +1,7 @@
 """ssu_simple: selective_state_update for one token, written by ssmgen.
 
 arch    sm_120
-plan    simple 64x16 warps=2
+plan    simple 64x16 warps=1
 config  family=ssu dtype=bf16 index_dtype=int32 aligned=False pdl=False dt_dtype=fp32
         weight_dtype=fp32 a_dtype=fp32 state_dtype=fp32 state_scale_t=None rounding=nearest
         philox_rounds=0 dim=64 dstate=16 ntokens=1 has_z=True has_d=True has_dt_bias=True
