@@ -18,6 +18,10 @@ class Arch:
 
     cc: int
 
+    def __post_init__(self) -> None:
+        if f"sm_{self.cc}" not in KNOWN:
+            raise ConfigError(f"arch: {self.cc!r} is not known; allowed: {', '.join(KNOWN)}")
+
     @classmethod
     def of(cls, value: Arch | str | int) -> Arch:
         """Parse ``sm_90``, ``90``, ``"9.0"`` or an `Arch`. Raises `ConfigError` if unknown."""
@@ -37,9 +41,10 @@ class Arch:
             raise DeviceError(
                 "arch: no CUDA device is visible; name one, e.g. get_kernel(config, arch='sm_90')"
             )
-        # A newer minor of a known generation runs the cubins of that generation's first member.
+        # Of the 8.x generation any minor runs the cubins of a lower one; from 9.0 on a cubin is
+        # for one member.
         major, minor = found
-        for cc in (10 * major + minor, 10 * major):
+        for cc in (10 * major + minor, 80 if major == 8 else 0):
             if f"sm_{cc}" in KNOWN:
                 return cls(cc)
         raise DeviceError(

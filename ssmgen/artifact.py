@@ -71,7 +71,7 @@ class Artifact:
             if not contents[FILES[0]].startswith(b"\x7fELF"):
                 raise StoreError("kernel.cubin: not an ELF file")
             return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode())
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise StoreError(f"manifest.json: malformed ({error!r})") from None
 
 

@@ -7,6 +7,7 @@ everywhere.
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import types
 from typing import Any
 
 from .arch import Arch
@@ -26,14 +28,22 @@ from .config import KernelConfig
 from .errors import CompileError
 from .families import spec
 from .plan import Plan
-from .template import TRITON_TYPES, entry_name, factors, key, render
+from .template import TRITON_TYPES, entry_name, factors, key, options, render
 
-__all__ = ["compile", "load_source", "ptx", "toolchain"]
+__all__ = ["compile", "load_source", "ptx", "toolchain", "triton_lock"]
 
 log = logging.getLogger("ssmgen")
 
-# Triton's knobs are process-wide, so one compilation at a time.
-_lock = threading.Lock()
+# Triton's knobs, and what its interpreter patches, are process-wide: one of us at a time.
+triton_lock = threading.RLock()
+
+
+@functools.cache
+def _scratch() -> str:
+    """Where Triton's own cache goes until this process ends; other threads may see it too."""
+    folder = tempfile.TemporaryDirectory(prefix="ssmgen-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 @functools.cache
@@ -49,8 +59,11 @@ def toolchain() -> str | None:
         return None
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         if path := os.environ.get(variable):
-            with open(path, "rb") as file:
-                name += f"-ptxas-{hashlib.sha256(file.read()).hexdigest()[:12]}"
+            try:
+                with open(path, "rb") as file:
+                    name += f"-ptxas-{hashlib.sha256(file.read()).hexdigest()[:12]}"
+            except OSError as error:
+                raise CompileError(f"{variable}: cannot read {path}: {error}") from None
     return name
 
 
@@ -60,15 +73,13 @@ def load_source(source: str, entry: str, decorate: Any) -> Any:
     lines = source.splitlines(keepends=True)
     # Triton reads a function's text through linecache; an entry without mtime is never dropped.
     linecache.cache[name] = (len(source), None, lines, name)
-    import triton
-
-    namespace: dict[str, Any] = {"__name__": name.removesuffix(".py")}
-    original = triton.jit
-    triton.jit = decorate
-    try:
-        exec(builtins.compile(source, name, "exec"), namespace)
-    finally:
-        triton.jit = original
+    # The module's ``triton`` is ours, so that no other thread sees another ``triton.jit``.
+    namespace: dict[str, Any] = {
+        "__name__": name.removesuffix(".py"),
+        "triton": types.SimpleNamespace(jit=decorate),
+    }
+    code = source.replace("\nimport triton\n", "\n\n", 1)
+    exec(builtins.compile(code, name, "exec"), namespace)
     return namespace[entry]
 
 
@@ -76,7 +87,7 @@ def compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
     """Render and compile one kernel. Raises `CompileError` with the config and the cause."""
     source = render(config, plan, arch)
     entry = entry_name(config, plan)
-    with _lock:
+    with triton_lock:
         binary = _triton(source, entry, config, plan, arch)
     return Artifact.build(
         {
@@ -97,7 +108,7 @@ def compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
 
 def ptx(config: KernelConfig, plan: Plan, arch: Arch) -> str:
     """The PTX of one kernel, for reading."""
-    with _lock:
+    with triton_lock:
         source = render(config, plan, arch)
         return _triton(source, entry_name(config, plan), config, plan, arch).asm["ptx"]
 
@@ -112,23 +123,27 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
     signature = {a.name: _triton_type(a.type) for a in arguments}
     attrs = {(i,): [["tt.divisibility", a.align]] for i, a in enumerate(arguments) if a.align > 1}
     function = load_source(source, entry, JITFunction)
-    options = {
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-        "launch_pdl": bool(config.pdl and arch.pdl),
-        # Said, because Triton 3.10 changes the default: the kernels are fused multiply-adds.
-        "enable_fp_fusion": True,
-    }
+    if triton.knobs.runtime.interpret:
+        raise CompileError(
+            "TRITON_INTERPRET is set: Triton interprets and cannot compile; unset it"
+        )
     with (
-        tempfile.TemporaryDirectory(prefix="ssmgen-") as scratch,
         triton.knobs.cache.scope(),
         triton.knobs.compilation.scope(),
+        triton.knobs.nvidia.scope(),
     ):
-        triton.knobs.cache.dir = scratch
+        triton.knobs.cache.dir = _scratch()
         triton.knobs.compilation.disable_line_info = True
+        triton.knobs.compilation.override = False
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.disable_ptxas_opt = False
         try:
             source_ = ASTSource(function, signature, {}, attrs)
-            binary = triton.compile(source_, target=GPUTarget("cuda", arch.cc, 32), options=options)
+            binary = triton.compile(
+                source_,
+                target=GPUTarget("cuda", arch.cc, 32),
+                options=options(config, plan, arch),
+            )
         except Exception as error:
             raise CompileError(
                 f"{entry} for {arch} ({plan}): {error}\nconfig: {config.to_json()}"

@@ -73,6 +73,8 @@ class KernelConfig:
     """
 
     _families: ClassVar[dict[str, type[KernelConfig]]] = {}
+    # Fields that `check` resolves from the others when they are left out.
+    derived: ClassVar[tuple[str, ...]] = ()
 
     family: str = "ssu"
     dtype: str = choice("bf16", ("bf16", "fp16", "fp32"))
@@ -117,8 +119,15 @@ class KernelConfig:
         raise ConfigError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
 
     def replace(self, **changes: Any) -> KernelConfig:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**self.fields(), **changes})
+        """A copy with some fields changed, validated again.
+
+        A field that holds what `check` would resolve it to is resolved anew.
+        """
+        given = {n: v for n, v in self.fields().items() if n not in self.derived}
+        resolved = type(self)(**given)
+        given |= {n: getattr(self, n) for n in self.derived
+                  if getattr(self, n) != getattr(resolved, n)}  # fmt: skip
+        return type(self)(**{**given, **changes})
 
     def fields(self) -> dict[str, Any]:
         """Every field by name."""
@@ -141,12 +150,12 @@ class KernelConfig:
         """Build a config from `to_json`'s output. Missing fields take their defaults."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"config: not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ConfigTypeError("config: a JSON object is needed")
         schema = fields.pop("schema", SCHEMA)
-        if schema != SCHEMA:
+        if isinstance(schema, bool) or schema != SCHEMA:
             cls.reject("schema", schema, str(SCHEMA))
         return KernelConfig(**fields)
 

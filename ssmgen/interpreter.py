@@ -8,7 +8,6 @@ interpret.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from .arch import Arch
-from .compiler import load_source
+from .compiler import load_source, triton_lock
 from .config import KernelConfig
 from .families import spec
 from .families.base import Layout
@@ -24,8 +23,6 @@ from .plan import Plan, dispatch
 from .template import entry_name, render
 
 __all__ = ["interpret"]
-
-_lock = threading.RLock()
 
 
 def interpret(
@@ -55,7 +52,7 @@ def interpret(
     pointers = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in pointers]
     types = [a.type for a in family.arguments(config) if not a.pointer]
     scalars = [_integer(type, value) for type, value in zip(types, layout.scalars)]
-    with _lock, _interpreting(), np.errstate(all="ignore"):
+    with triton_lock, _interpreting(), np.errstate(all="ignore"):
         _kernel(config, plan, arch)[grid](*pointers, *scalars)
 
 

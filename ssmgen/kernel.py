@@ -12,10 +12,10 @@ from . import compiler
 from .arch import Arch
 from .artifact import Artifact
 from .config import KernelConfig
-from .errors import ArgumentValueError, DeviceError, StoreError
+from .errors import ArgumentValueError, ConfigTypeError, DeviceError, StoreError
 from .families import spec
 from .families.base import Layout
-from .launcher import Function, Launch, load
+from .launcher import Function, Launch, enter, load
 from .plan import Choice, Plan, dispatch
 from .settings import settings
 from .store import stores
@@ -150,6 +150,8 @@ class Kernel:
                 if theirs[name] != value
             )
             raise ArgumentValueError(f"arguments of another config: {differ}")
+        if self.device is not None:
+            enter(self.device)
         variant = self.select(layout.batch, layout.nheads)
         if variant.function is None:
             raise DeviceError(
@@ -164,27 +166,30 @@ class Kernel:
     def bind(self, **arguments: Any) -> Any:
         """Check the arguments once; returns a function that launches on the current stream.
 
-        The tensors must stay alive and in place as long as the function is used.
+        The function keeps the tensors alive, and belongs to the thread that made it.
         """
+        import torch
+
         described = {**self._switches(), **arguments}
         layout = spec(self.config.family).layout(**described)
         launch = self.launch_for(layout)
         device = self._device_of(arguments[layout.tensors[0]])
-        addresses = [arguments[name].data_ptr() for name in layout.tensors]
+        tensors = [arguments[name] for name in layout.tensors]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         from torch._C import _cuda_getCurrentRawStream as current_stream
 
-        def bound() -> None:
-            launch(current_stream(device), *addresses)
+        def bound(_keep: Any = tensors) -> None:
+            if device == torch._C._cuda_getDevice():
+                launch(current_stream(device), *addresses)
+            else:
+                with torch.cuda.device(device):
+                    launch(current_stream(device), *addresses)
 
         return bound
 
     def __call__(self, **arguments: Any) -> None:
         """Check, select, launch. Arguments as in the family's op; ``out`` is required."""
-        import torch
-
-        bound = self.bind(**arguments)
-        with torch.cuda.device(self.device):
-            bound()
+        self.bind(**arguments)()
 
     def _switches(self) -> dict[str, Any]:
         return spec(self.config.family).switches(self.config)
@@ -204,11 +209,15 @@ def get_kernel(
     With `arch` (``"sm_90"``) it is compiled only, which needs no GPU. The same call gives the same
     object. Raises `ConfigError`, `CompileError`, `DeviceError`, `StoreError`.
     """
+    if not isinstance(config, KernelConfig):
+        raise ConfigTypeError(f"config: {type(config).__name__} found; allowed: KernelConfig")
     if arch is not None:
         device, target = None, Arch.of(arch)
     else:
         if device is None:
             device = _current_device()
+        elif isinstance(device, bool) or not isinstance(device, int) or device < 0:
+            raise ConfigTypeError(f"device: {device!r} found; allowed: the index of a CUDA device")
         target = Arch.detect(device)
     name = (config, target, device, settings())
     kernel = _kernels.get(name)

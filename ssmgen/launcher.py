@@ -14,7 +14,7 @@ from typing import Any
 from .artifact import Artifact
 from .errors import DeviceError
 
-__all__ = ["Function", "Launch", "load"]
+__all__ = ["Function", "Launch", "enter", "load"]
 
 
 @functools.cache
@@ -48,14 +48,31 @@ class Function:
         self._module = module
 
 
+@functools.cache
+def _primary_context(device: int) -> Any:
+    driver = _driver()
+    _check(driver.cuInit(0), "cuInit")
+    handle = _check(driver.cuDeviceGet(device), f"device {device}")
+    return _check(driver.cuDevicePrimaryCtxRetain(handle), f"context of device {device}")
+
+
+def enter(device: int) -> None:
+    """Give a thread that has touched no GPU yet the context torch uses."""
+    driver = _driver()
+    context = _primary_context(device)
+    if not int(_check(driver.cuCtxGetCurrent(), "current context")):
+        _check(driver.cuCtxSetCurrent(context), f"context of device {device}")
+
+
 def load(artifact: Artifact, device: int) -> Function:
     """Load an artifact into the primary context of `device`. Raises `DeviceError`."""
     import torch
 
     driver = _driver()
     name = artifact.manifest["entry"]
+    torch.cuda.init()
+    enter(device)
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the primary context current
         module = _check(driver.cuModuleLoadData(artifact.cubin), f"loading {name}")
         handle = _check(driver.cuModuleGetFunction(module, name.encode()), f"finding {name}")
         shared = artifact.manifest["shared"]

@@ -48,9 +48,16 @@ def _flag(name: str) -> bool:
     raise ConfigError(f"{name}: {os.environ[name]!r} is not a switch; allowed: 0, 1")
 
 
+def _expanded(name: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: {path!r}: {error}") from None
+
+
 def _user_store() -> Path | None:
     if named := os.environ.get("SSMGEN_CACHE_DIR"):
-        return Path(named).expanduser()
+        return _expanded("SSMGEN_CACHE_DIR", named)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "ssmgen"
     try:
@@ -74,7 +81,7 @@ def settings() -> Settings:
         paths = os.environ.get("SSMGEN_CACHE_PATH", "").split(os.pathsep)
         parsed = Settings(
             cache_dir=_user_store(),
-            cache_path=tuple(Path(p).expanduser() for p in paths if p),
+            cache_path=tuple(_expanded("SSMGEN_CACHE_PATH", p) for p in paths if p),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
         )

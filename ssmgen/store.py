@@ -51,12 +51,15 @@ class Store:
                 return found
         return None
 
-    def _read(self, folder: Path, key: str) -> Artifact | None:
+    def _read(self, folder: Path, key: str, again: bool = False) -> Artifact | None:
         try:
             contents = {name: (folder / name).read_bytes() for name in ("manifest.json", *FILES)}
         except (FileNotFoundError, NotADirectoryError):
-            if folder.is_dir():
-                self._set_aside(folder, "a file is missing")
+            if not folder.is_dir():
+                return None
+            if not again:  # it may have been published just now
+                return self._read(folder, key, again=True)
+            self._set_aside(folder, "a file is missing")
             return None
         except OSError as error:
             self._set_aside(folder, str(error))
@@ -112,7 +115,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path, timeout=120)
             lock.acquire()
-        except (OSError, filelock.Timeout) as error:
+        except (OSError, NotImplementedError, filelock.Timeout) as error:
             log.warning("no lock at %s (%s); another process may compile the same", path, error)
             lock = None
         try:

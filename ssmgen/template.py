@@ -18,7 +18,16 @@ from .config import SCHEMA, KernelConfig, canonical_json
 from .families import spec
 from .plan import Plan
 
-__all__ = ["ABI_VERSION", "TRITON_TYPES", "digest", "entry_name", "factors", "key", "render"]
+__all__ = [
+    "ABI_VERSION",
+    "TRITON_TYPES",
+    "digest",
+    "entry_name",
+    "factors",
+    "key",
+    "options",
+    "render",
+]
 
 # How a launcher must pass the arguments of a cubin: see `artifact.Artifact`.
 ABI_VERSION = 1
@@ -62,6 +71,7 @@ def digest(family: str) -> str:
 
 def factors(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
     """All that decides a kernel but the toolchain."""
+    family = spec(config.family)
     return {
         "schema": SCHEMA,
         "abi": ABI_VERSION,
@@ -69,6 +79,20 @@ def factors(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
         "config": config.key_fields(),
         "plan": plan.fields(),
         "templates": digest(config.family),
+        "arguments": [[a.name, a.type, a.align] for a in family.arguments(config)],
+        "context": dict(family.context(config, plan, arch)),
+        "options": options(config, plan, arch),
+    }
+
+
+def options(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
+    """What the compiler is told besides the source; nothing is left to the environment."""
+    return {
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "launch_pdl": bool(config.pdl and arch.pdl),
+        "enable_fp_fusion": True,
+        "ptx_options": "",
     }
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-from ..errors import ArgumentTypeError, UnsupportedError
-from ..families.ssu.contract import ABI_TENSORS, layout, normalise
+from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, UnsupportedError
+from ..families.ssu.contract import ABI_TENSORS, check_dtypes, layout, normalise
 from ..reference.ssu import selective_state_update as reference
 from ..settings import settings
 
@@ -137,6 +138,7 @@ def selective_state_update(
         or type(state) is not Tensor
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
     ):
         for name, tensor in zip(ABI_TENSORS, tensors):
             _require_tensor(name, tensor)
@@ -161,8 +163,11 @@ def _run(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
     x = tensors[2]
     if x.is_cuda:  # type: ignore[union-attr]
         _run_cuda(tensors, switches)
+    elif x.is_cpu:  # type: ignore[union-attr]
+        with torch.no_grad():
+            _run_cpu(tensors, switches)
     else:
-        _run_cpu(tensors, switches)
+        raise DeviceError(f"x: on {x.device}; allowed: cuda, cpu")  # type: ignore[union-attr]
 
 
 def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
@@ -171,7 +176,9 @@ def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> 
         if tensor is None:
             name.append(None)
         else:
-            name += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            # A lazily negated view has the address of what it negates.
+            name += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(),
+                     tensor.is_neg())  # fmt: skip
     pointers = [t.data_ptr() for t in tensors if t is not None]
     name += (tensors[i].data_ptr() & 15 for i in _ALIGNED)  # type: ignore[union-attr]
     key = tuple(name)
@@ -232,7 +239,7 @@ def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> N
         pad_slot_id=arguments["pad_slot_id"],
         disable_state_update=arguments["disable_state_update"],
         rand_seed=views.get("rand_seed") if config.rounding == "stochastic" else None,
-        philox_rounds=arguments["philox_rounds"],
+        philox_rounds=config.philox_rounds or 10,
     )
 
 
@@ -259,11 +266,12 @@ def _fake(*arguments: Any) -> None:
     tensors = {n: t for n, t in zip(ABI_TENSORS, arguments[:count]) if t is not None}
     views = normalise(tensors)
     if views["x"].shape != views["out"].shape:
-        raise ArgumentTypeError("out: not of the shape of x")
+        raise ArgumentValueError("out: not of the shape of x")
+    check_dtypes(views)
 
 
 _library = torch.library.Library("ssmgen", "DEF")
-_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 _library.impl("selective_state_update", _dispatched, "CPU")
 _library.impl("selective_state_update", _dispatched, "CUDA")
 torch.library.register_fake("ssmgen::selective_state_update", _fake, lib=_library)

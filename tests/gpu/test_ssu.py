@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import subprocess
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -416,3 +419,52 @@ def test_a_horizontal_plan_for_scaled_states_is_refused_before_anything_is_writt
     with pytest.raises(ConfigError, match="algorithm"):
         ssmgen.selective_state_update(**{**call.arguments(), "algorithm": "horizontal"})
     assert same(call["state"], before)
+
+
+# A process and its threads
+
+
+def test_get_kernel_may_be_the_first_thing_a_process_does_with_the_gpu():
+    script = (
+        "import ssmgen; from ssmgen import KernelConfig;"
+        "k = ssmgen.get_kernel(KernelConfig()); assert k.variants[0].function is not None"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_thread_that_has_touched_no_gpu_may_call_the_op():
+    call = moved(make("fp32", **MAMBA2), "cuda")
+    want = run(make("fp32", **MAMBA2))
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            ssmgen.selective_state_update(**call.arguments())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not found
+    torch.cuda.synchronize()
+    assert same(call["out"].cpu(), want["out"])
+
+
+def test_inductor_keeps_the_expanded_dt_of_mamba2():
+    call = moved(make("fp32", **MAMBA2), "cuda")
+    raw_dt = call["dt"][..., 0].contiguous()
+    seen = []
+    contract = spec("ssu").layout
+
+    def layer(arguments: dict[str, Any], dt: torch.Tensor) -> torch.Tensor:
+        rows = (dt * 2)[:, :, None].expand(*dt.shape, MAMBA2["dim"])
+        return ssmgen.selective_state_update(**{**arguments, "dt": rows})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ssmgen.ops.ssu.layout", lambda **a: seen.append(a["dt"].stride()) or contract(**a)
+        )
+        torch.compile(layer, fullgraph=True)(call.arguments(), raw_dt)
+    assert all(stride[-1] == 0 for stride in seen)
+    assert seen

@@ -229,8 +229,9 @@ def test_every_mamba_layer_of_every_decode_step_gets_the_exact_recurrence(taught
 
 
 def test_logits_are_as_close_to_fp32_as_on_transformers_own_path(taught: Taught) -> None:
-    """A decay wrong by 1 % is 3.5 to 12 times the rounding error of their path; the op is 0.9 to
-    1.1 times. Two right paths differ by up to 3 ulp of the largest logit; margins are 60 ulp.
+    """Over 24 models on a CPU, the op's error was 0.85 to 1.05 times that of their path; with a
+    decay wrong by 1 %, 3.4 to 20 times. The two paths differed by at most 3 ulp of the largest
+    logit, where the margin of a token is 60 ulp or more.
     """
     family, model, texts = taught.family, taught.model, taught.texts
     exact = forced_logits(family, copy.deepcopy(model).float().cpu(), texts.cpu())

@@ -46,14 +46,16 @@ def test_shared_memory_is_what_cuda_documents_for_a_block():
 
 @pytest.mark.parametrize(
     ("capability", "found"),
-    [((8, 0), 80), ((8, 6), 86), ((8, 7), 80), ((9, 0), 90), ((10, 1), 100), ((12, 1), 121)],
+    [((8, 0), 80), ((8, 6), 86), ((8, 7), 80), ((9, 0), 90), ((10, 3), 103), ((12, 1), 121)],
 )
-def test_a_newer_minor_of_a_known_generation_runs_its_first_member(monkeypatch, capability, found):
+def test_a_device_is_its_own_architecture_and_an_unknown_8_x_is_sm_80(
+    monkeypatch, capability, found
+):
     monkeypatch.setattr(arch, "_capability", lambda device: capability)
     assert Arch.detect() == Arch(found)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (11, 0), (13, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 5), (10, 1), (11, 0), (13, 0)])
 def test_a_device_of_an_unknown_generation_is_an_error(monkeypatch, capability):
     monkeypatch.setattr(arch, "_capability", lambda device: capability)
     with pytest.raises(DeviceError, match=r"compute capability .* not supported"):

@@ -272,3 +272,15 @@ def test_every_other_field_is_part_of_the_key(one, other):
     assert same == (key(one, plan, arch) == key(other, plan, arch))
     aside = {"algorithm", "batch_invariant"}
     assert one.key_fields().keys() == one.fields().keys() - aside
+
+
+def test_replace_resolves_derived_fields_anew():
+    config = KernelConfig(state_dtype="fp16")
+    stochastic = config.replace(rounding="stochastic")
+    assert stochastic.philox_rounds == 10
+    assert stochastic.replace(rounding="nearest") == config
+    int8 = config.replace(state_dtype="int8")
+    assert int8.state_scale_t == "fp32"
+    assert int8.replace(state_dtype="fp16") == config
+    assert config.replace(weight_dtype="bf16").dt_dtype == "bf16"
+    assert KernelConfig(state_dtype="fp16", dt_dtype="bf16").replace(dim=80).dt_dtype == "bf16"

@@ -81,7 +81,9 @@ def test_a_named_arch_is_compiled_without_a_gpu_and_shows_what_it_is(store_dir):
 
 def test_the_manifest_names_every_factor_of_the_key(store_dir):
     manifest = get_kernel(KernelConfig(**SMALL), arch="sm_80").artifact.manifest
-    assert set(manifest["factors"]) == {"schema", "abi", "arch", "config", "plan", "templates"}
+    assert set(manifest["factors"]) == {
+        "schema", "abi", "arch", "config", "plan", "templates", "arguments", "context", "options",
+    }  # fmt: skip
     assert set(manifest["files"]) == {"kernel.cubin", "source.py"}
     assert manifest["toolchain"] == compiler.toolchain()
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from ssu_calls import DTYPES, ROUNDINGS, Call, make, same, verify
 
 import ssmgen
-from ssmgen.errors import ArgumentValueError, DeviceError, SsmgenError, UnsupportedError
+from ssmgen.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DeviceError,
+    SsmgenError,
+    UnsupportedError,
+)
 from ssmgen.families.ssu.contract import ABI_TENSORS
 from ssmgen.ops import ssu as module
 
@@ -319,3 +325,50 @@ def test_tensors_on_no_device_are_refused():
     on_meta = {n: t.to("meta") for n, t in call.tensors.items()}
     with pytest.raises((DeviceError, NotImplementedError)):
         ssmgen.selective_state_update(**on_meta, **call.switches)
+
+
+def test_autograd_records_nothing_on_the_cpu():
+    call = make("fp32")
+    call.tensors["A"] = torch.nn.Parameter(call["A"].contiguous())
+    out = ssmgen.selective_state_update(**call.arguments())
+    assert out.grad_fn is None
+    assert call["state"].grad_fn is None
+    assert not call["state"].requires_grad
+
+
+def test_a_lazily_negated_view_is_refused():
+    call = make("fp32", tied=False)
+    call.tensors["dt"] = torch.view_as_complex(torch.randn(*call["dt"].shape, 2)).conj().imag
+    with pytest.raises(ArgumentValueError, match="dt: found a lazily negated view"):
+        ssmgen.selective_state_update(**call.arguments())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pad_slot_id", None), ("pad_slot_id", 1.5), ("pad_slot_id", True), ("dt_softplus", 1),
+     ("disable_state_update", "no")],
+)  # fmt: skip
+def test_a_switch_of_another_type_is_refused(name, value):
+    call = make("fp32")
+    with pytest.raises(ArgumentTypeError, match=name):
+        ssmgen.selective_state_update(**{**call.arguments(), name: value})
+
+
+def test_a_pool_whose_slots_overlap_is_refused():
+    call = make("fp32")
+    state = call["state"]
+    call.tensors["state"] = state.as_strided(state.shape, (8, *state.stride()[1:]))
+    with pytest.raises(ArgumentValueError, match="state: found strides"):
+        ssmgen.selective_state_update(**call.arguments())
+
+
+def test_overflow_gives_infinity_also_where_columns_are_masked():
+    for dstate in (16, 24):
+        call = make("fp32", dstate=dstate, dtype="fp32", batch=1, indices=[0])
+        for name in ("state", "B", "C"):
+            call[name].copy_(call[name].abs() + 1)
+        call["x"].fill_(3e38)
+        call.tensors["dt"] = torch.full((1, 4, 1), 30.0).expand(1, 4, 16)
+        for algorithm in ("simple", "vertical", "horizontal"):
+            call.switches["algorithm"] = algorithm
+            assert call.interpreted()["out"].isinf().all(), (dstate, algorithm)

@@ -314,7 +314,9 @@ def test_the_encode_factor_is_the_correctly_rounded_quotient(dtype):
 
 
 @pytest.mark.parametrize("dtype", SCALED)
-@pytest.mark.parametrize("peak", [FLT_MAX * (1 - 2.0**-20), 1.0, 3e-5, 2.0**-99, 2.0**-100, 2.0**-101, 2.0**-149])
+@pytest.mark.parametrize(
+    "peak", [FLT_MAX * (1 - 2.0**-20), 1.0, 3e-5, 2.0**-99, 2.0**-100, 2.0**-101, 2.0**-149]
+)
 def test_decoding_comes_back_within_half_a_step(dtype, peak):
     random = torch.Generator().manual_seed(10)
     shares = torch.rand(4, 64, generator=random) * 2 - 1

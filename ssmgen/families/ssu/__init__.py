@@ -100,7 +100,7 @@ class Ssu(Family):
     def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
         key = f"{config.state_dtype}.{config.rounding}"
         short = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}"
-        keys = (f"{key}.{config.philox_rounds}", key)
+        keys = (f"{key}.{config.philox_rounds}", key) if config.philox_rounds else (key,)
         return (*(f"{k}.pdl" for k in keys), *keys, short) if config.pdl else (*keys, short)
 
     def fit(self, config: SsuConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...config import KernelConfig, choice, flag, integer
 
@@ -24,6 +25,8 @@ class SsuConfig(KernelConfig, family="ssu"):
     row (and for A per element). index_dtype: of state_batch_indices, None if slots are batch rows.
     aligned: state, x, B and C (and A unless tied) start and step at multiples of 16 bytes.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("dt_dtype", "state_scale_t", "philox_rounds")
 
     family: str = choice("ssu", ("ssu",))
     dt_dtype: str | None = choice(None, (*FLOATS, None))
@@ -47,6 +50,8 @@ class SsuConfig(KernelConfig, family="ssu"):
     def check(self) -> None:
         if self.dt_dtype is None:
             self.resolve("dt_dtype", self.weight_dtype)
+        if not (self.has_d or self.has_dt_bias):
+            self.resolve("weight_dtype", "fp32")  # of nothing: one config for one binary
         scaled = self.state_dtype in SCALED
         if scaled:
             self.resolve("state_scale_t", "fp32")

@@ -13,7 +13,7 @@ from ...errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from ..base import Layout
 from .config import FLOATS, SCALED, SsuConfig
 
-__all__ = ["ABI_TENSORS", "check", "layout", "normalise"]
+__all__ = ["ABI_TENSORS", "check", "check_dtypes", "layout", "normalise"]
 
 # Tensor arguments in ABI order; absent ones are left out.
 ABI_TENSORS = (
@@ -96,11 +96,20 @@ def check(
     philox_rounds: int,
     algorithm: str,
     pdl: bool,
-    aligned: bool,
 ) -> SsuConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
     state, x, dt, A, B = (tensors[n] for n in ("state", "x", "dt", "A", "B"))
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ArgumentTypeError(f"{name}: found layout {tensor.layout}; allowed: strided")
+        if tensor.is_neg() or tensor.is_conj():
+            _fail(name, "a lazily negated view", "a tensor whose memory holds its values; use "
+                  ".resolve_neg()")  # fmt: skip
     slots, nheads, dim, dstate = state.shape
+    if nheads == 0:
+        _fail("state", "0 heads", "at least one")
+    if x.dim() != 3:
+        _fail("x", f"shape {tuple(x.shape)}", "(batch, nheads, dim)")
     batch = x.shape[0]
     for name, size in (("dim", dim), ("dstate", dstate)):
         if size % 8 or not 8 <= size <= 512:
@@ -147,7 +156,7 @@ def check(
             _fail("dst_state_batch_indices", "a tensor", "None without state_batch_indices")
         if slots < batch:
             _fail("state", f"{slots} slots", f"at least {batch}, one a row, without indices")
-    _check_dtypes(tensors)
+    check_dtypes(tensors)
     _check_strides(tensors, dim, dstate)
     for name, tensor in tensors.items():
         if tensor.device != state.device:
@@ -174,12 +183,12 @@ def check(
         dt_softplus=dt_softplus,
         tie_hdim=_tied(tensors),
         update_state=not disable_state_update,
-        aligned=aligned and _strides_aligned(tensors),
+        aligned=_strides_aligned(tensors) and _addresses_aligned(tensors),
         pdl=pdl,
     )
 
 
-def _check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     def allow(name: str, allowed: tuple[str, ...], why: str = "") -> None:
         if name in tensors:
             found = str(tensors[name].dtype).removeprefix("torch.")
@@ -240,9 +249,19 @@ def _check_strides(tensors: dict[str, torch.Tensor], dim: int, dstate: int) -> N
             _fail(name, f"strides {tensor.stride()}", "a span below 2^31 elements")
         if any(s < 0 for s in tensor.stride()):
             _fail(name, f"strides {tensor.stride()}", "no negative stride")
-        written = name in ("state", "out", "state_scale")
-        if written and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
-            _fail(name, f"strides {tensor.stride()}", "no stride of 0 in what is written")
+        if name in ("state", "out", "state_scale") and _overlaps_itself(tensor):
+            _fail(name, f"strides {tensor.stride()}", "elements that share no memory")
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one address, by the axes from the innermost out."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _tied(tensors: dict[str, torch.Tensor]) -> bool:
@@ -258,8 +277,10 @@ def _strides_aligned(tensors: dict[str, torch.Tensor]) -> bool:
     for name in _aligned_tensors(tensors):
         tensor = tensors[name]
         strides = tensor.stride()
-        outer = strides[:1] if name == "state" else strides[:-1]
-        if any(s * tensor.element_size() % 16 for s in outer):
+        outer = 1 if name == "state" else tensor.dim() - 1
+        if any(
+            s * tensor.element_size() % 16 for s, n in zip(strides[:outer], tensor.shape) if n > 1
+        ):
             return False
         if name == "A" and strides[-1] != 1:
             return False
@@ -291,6 +312,14 @@ def layout(
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
+    for name, switch in (("dt_softplus", dt_softplus), ("pdl", pdl),
+                         ("disable_state_update", disable_state_update)):  # fmt: skip
+        if not isinstance(switch, bool):
+            raise ArgumentTypeError(f"{name}: found {switch!r}; allowed: True, False")
+    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int):
+        raise ArgumentTypeError(f"pad_slot_id: found {pad_slot_id!r}; allowed: an int")
+    if not -(2**63) <= pad_slot_id < 2**63:
+        _fail("pad_slot_id", pad_slot_id, "an int64")
     views = normalise(given)
     config = check(
         views,
@@ -299,7 +328,6 @@ def layout(
         philox_rounds=philox_rounds,
         algorithm=algorithm,
         pdl=pdl,
-        aligned=_addresses_aligned(views),
     )
     used = set(given)
     if config.rounding != "stochastic":
@@ -346,5 +374,5 @@ def _scalars(
             at = -1
         else:
             at = axes[axis]
-        values[argument.name] = tensor.stride(at)
+        values[argument.name] = tensor.stride(at) if tensor.shape[at] > 1 else 0
     return tuple(values[a.name] for a in FAMILY.arguments(config) if not a.pointer)
