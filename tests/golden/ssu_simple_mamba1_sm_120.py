@@ -91,7 +91,8 @@ def ssu_simple(
     dt_rows = dt + batch * dt_row_stride + head * dt_head_stride
     dt_ = tl.load(dt_rows + rows * dt_dim_stride).to(tl.float32)
     bias_rows = dt_bias + head * dt_bias_head_stride
-    dt_ += tl.load(bias_rows + rows * dt_bias_dim_stride).to(tl.float32)
+    bias_ = tl.load(bias_rows + rows * dt_bias_dim_stride)
+    dt_ += bias_.to(tl.float32)
     dt_ = softplus(dt_)
     D_rows = D + head * D_head_stride
     D_ = tl.load(D_rows + rows * D_dim_stride).to(tl.float32)

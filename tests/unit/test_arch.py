@@ -24,6 +24,11 @@ def test_an_unknown_arch_is_refused_with_the_known_ones(value):
         Arch.of(value)
 
 
+def test_an_arch_cannot_be_made_of_an_unknown_number():
+    with pytest.raises(ConfigError, match="arch: 75 is not known"):
+        Arch(75)
+
+
 def test_what_each_arch_can_do():
     able = {
         what: {name for name in KNOWN if getattr(Arch.of(name), what)}

@@ -159,6 +159,16 @@ def test_what_follows_from_other_fields_is_filled_in():
     assert KernelConfig().philox_rounds == 0
 
 
+def test_a_dtype_of_nothing_does_not_make_another_config():
+    bare = {"has_d": False, "has_dt_bias": False, "dt_dtype": "fp32"}
+    assert KernelConfig(**bare, weight_dtype="bf16") == KernelConfig(**bare, weight_dtype="fp32")
+
+
+@given(configs())
+def test_replacing_nothing_changes_nothing(config):
+    assert config.replace() == config
+
+
 def test_replace_gives_a_checked_copy():
     config = KernelConfig(state_dtype="fp16", dim=80)
     assert config.replace(has_z=True) == KernelConfig(state_dtype="fp16", dim=80, has_z=True)
@@ -201,6 +211,9 @@ def test_json_may_leave_out_what_is_default():
         ("{", ConfigError, "not JSON"),
         ("[]", ConfigTypeError, "object"),
         ('{"schema": 2}', ConfigError, "schema: 2"),
+        ('{"schema": true}', ConfigError, "schema: True"),
+        ("[" * 100_000, ConfigError, "not JSON"),
+        (None, ConfigError, "not JSON"),
         ('{"dim": 63}', ConfigError, "dim: 63"),
         ('{"speed": 9}', ConfigTypeError, "speed"),
         ('{"family": 3}', ConfigError, "family: 3"),

@@ -272,6 +272,7 @@ def swapped(tensor):
         ("state", stepped, "inner strides (512, 32, 1)"),
         ("state", swapped, "inner strides (512, 32, 1)"),
         ("state", lambda t: t[:1].expand(6, -1, -1, -1), "share no memory"),
+        ("out", lambda t: t.as_strided(t.shape, (16, 16, 1)), "share no memory"),
         ("state", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "inner strides"),
         ("state_scale", stepped, "inner strides (16, 1)"),
         ("state_scale", lambda t: t[:1].expand(6, -1, -1), "share no memory"),
@@ -289,6 +290,31 @@ def test_a_wrong_stride_is_an_error_that_names_the_argument(name, change, allowe
     call.tensors[name] = change(call[name])
     strides = str(call[name].stride())
     assert_refused(call, ArgumentValueError, f"{name}: found strides", strides, allowed)
+
+
+def test_a_sparse_tensor_is_refused():
+    call = base()
+    call.tensors["A"] = torch.zeros(4, 16, 32).to_sparse()
+    with pytest.raises(ArgumentTypeError, match=r"A: found layout torch\.sparse_coo"):
+        call.layout()
+
+
+def test_no_heads_are_refused():
+    call = base()
+    for name in ("state", "state_scale", "x", "dt", "z", "out", "B", "C"):
+        call.tensors[name] = call[name][:, :0]
+    for name in ("A", "D", "dt_bias"):
+        call.tensors[name] = call[name][:0]
+    assert_refused(call, ArgumentValueError, "state: found 0 heads")
+
+
+def test_the_stride_of_an_axis_of_one_says_nothing():
+    plain = make("fp32", batch=1, nheads=1, ngroups=1)
+    odd = plain.copy()
+    for name in ("x", "B", "C", "dt", "out"):
+        t = odd[name]
+        odd.tensors[name] = t.as_strided(t.shape, (7, 3, t.stride(-1)), t.storage_offset())
+    assert odd.layout() == plain.layout()
 
 
 def test_a_view_that_spans_more_than_the_kernels_integers_is_refused():

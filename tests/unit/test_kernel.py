@@ -18,7 +18,13 @@ from ssu_calls import make
 
 from ssmgen import Arch, Kernel, KernelConfig, Plan, compiler, get_kernel, kernel, plan
 from ssmgen.artifact import Artifact
-from ssmgen.errors import ArgumentValueError, ConfigError, DeviceError
+from ssmgen.errors import (
+    ArgumentValueError,
+    CompileError,
+    ConfigError,
+    ConfigTypeError,
+    DeviceError,
+)
 from ssmgen.template import key
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +143,24 @@ def test_without_a_gpu_the_error_says_to_name_an_arch(monkeypatch):
         get_kernel(KernelConfig())
 
 
+@pytest.mark.parametrize("device", [-1, "cuda:0", True, 1.0])
+def test_a_device_is_named_by_its_index(device):
+    with pytest.raises(ConfigTypeError, match=r"device: .*the index of a CUDA device"):
+        get_kernel(KernelConfig(), device=device)
+
+
+@pytest.mark.parametrize("config", [None, "ssu", {"dim": 64}])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ConfigTypeError, match=r"config: .* found; allowed: KernelConfig"):
+        get_kernel(config, arch="sm_90")
+
+
+def test_with_triton_told_to_interpret_nothing_is_compiled(store_dir, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(CompileError, match="TRITON_INTERPRET is set"):
+        get_kernel(KernelConfig(**SMALL), arch="sm_90")
+
+
 def test_an_unknown_arch_is_refused(store_dir):
     with pytest.raises(ConfigError, match="arch: 'sm_70'"):
         get_kernel(KernelConfig(), arch="sm_70")
@@ -162,12 +186,12 @@ def test_arguments_of_another_config_are_refused_by_what_differs(buckets):
 
 def test_a_failed_compilation_fails_again_and_blocks_nobody(buckets, monkeypatch):
     def fail(config, chosen, arch):
-        raise compiler.CompileError("ptxas: no")
+        raise CompileError("ptxas: no")
 
     good = compiler.compile
     monkeypatch.setattr(compiler, "compile", fail)
     for _ in range(2):
-        with pytest.raises(compiler.CompileError, match="ptxas: no"):
+        with pytest.raises(CompileError, match="ptxas: no"):
             get_kernel(KernelConfig(), arch="sm_90")
     monkeypatch.setattr(compiler, "compile", good)
     assert get_kernel(KernelConfig(), arch="sm_90").artifact.cubin.startswith(b"\x7fELF")
@@ -178,7 +202,7 @@ def test_what_the_compiler_says_is_in_the_error(store_dir, monkeypatch):
     monkeypatch.setattr(
         compiler, "spec", lambda family: type("F", (), {"arguments": lambda s, c: ()})()
     )
-    with pytest.raises(compiler.CompileError) as caught:
+    with pytest.raises(CompileError) as caught:
         compiler.compile(KernelConfig(), Plan(algorithm="simple", block_m=1, block_n=8, num_warps=1), Arch(90))  # fmt: skip  # noqa: E501
     text = str(caught.value)
     assert all(word in text for word in ("ssu_simple", "sm_90", "nonsense", '"family":"ssu"'))

@@ -69,6 +69,13 @@ def test_the_user_store_is_the_named_one_then_xdg_then_home(monkeypatch):
     assert settings().cache_dir == Path("/home/someone/kernels")
 
 
+@pytest.mark.parametrize("name", ["SSMGEN_CACHE_DIR", "SSMGEN_CACHE_PATH"])
+def test_a_home_of_nobody_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "~nobody-of-this-name/kernels")
+    with pytest.raises(ConfigError, match=f"{name}: '~nobody-of-this-name/kernels'"):
+        settings()
+
+
 def test_without_a_home_there_is_no_user_store(monkeypatch):
     def nowhere():
         raise RuntimeError("no home")
