@@ -449,22 +449,3 @@ def test_a_thread_that_has_touched_no_gpu_may_call_the_op():
     assert not found
     torch.cuda.synchronize()
     assert same(call["out"].cpu(), want["out"])
-
-
-def test_inductor_keeps_the_expanded_dt_of_mamba2():
-    call = moved(make("fp32", **MAMBA2), "cuda")
-    raw_dt = call["dt"][..., 0].contiguous()
-    seen = []
-    contract = spec("ssu").layout
-
-    def layer(arguments: dict[str, Any], dt: torch.Tensor) -> torch.Tensor:
-        rows = (dt * 2)[:, :, None].expand(*dt.shape, MAMBA2["dim"])
-        return ssmgen.selective_state_update(**{**arguments, "dt": rows})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "ssmgen.ops.ssu.layout", lambda **a: seen.append(a["dt"].stride()) or contract(**a)
-        )
-        torch.compile(layer, fullgraph=True)(call.arguments(), raw_dt)
-    assert all(stride[-1] == 0 for stride in seen)
-    assert seen

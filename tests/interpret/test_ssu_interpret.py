@@ -221,7 +221,7 @@ def test_a_row_of_any_size_keeps_its_peak_and_passes_no_code(state, exponent):
 # Layouts
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(
     served=st.sampled_from(SERVED),
     ratio=st.sampled_from([(3, 1), (6, 2), (2, 2), (5, 1)]),

@@ -372,3 +372,23 @@ def test_overflow_gives_infinity_also_where_columns_are_masked():
         for algorithm in ("simple", "vertical", "horizontal"):
             call.switches["algorithm"] = algorithm
             assert call.interpreted()["out"].isinf().all(), (dstate, algorithm)
+
+
+def test_inductor_keeps_the_expanded_dt_of_mamba2(monkeypatch):
+    call = make("fp32")
+    raw_dt = call["dt"][..., 0].contiguous()
+    seen = []
+    contract = module.layout
+
+    def spy(**arguments):
+        seen.append(arguments["dt"].stride())
+        return contract(**arguments)
+
+    def layer(arguments, dt):
+        rows = (dt * 2)[:, :, None].expand(*dt.shape, call["x"].shape[-1])
+        return ssmgen.selective_state_update(**{**arguments, "dt": rows})
+
+    monkeypatch.setattr(module, "layout", spy)
+    torch.compile(layer, fullgraph=True)(call.arguments(), raw_dt)
+    assert seen
+    assert all(stride[-1] == 0 for stride in seen)
