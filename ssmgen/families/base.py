@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,39 +47,39 @@ class Layout:
     nheads: int
 
 
-class Family:
+class Family(ABC):
     """One family of kernels: its arguments, plans and grid."""
 
     name: str
 
+    @abstractmethod
     def arguments(self, config: KernelConfig) -> tuple[Argument, ...]:
         """The kernel's arguments, pointers first, in ABI order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def context(self, config: KernelConfig, plan: Plan, arch: Arch) -> Mapping[str, Any]:
         """What the family's template needs besides config, plan and arch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dispatch_keys(self, config: KernelConfig) -> tuple[str, ...]:
         """Keys of the dispatch table, the most specific first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, config: KernelConfig, plan: Plan, arch: Arch) -> Plan:
         """`plan`, written for the reference shape, made legal for `config`; ConfigError if none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def limit(self, config: KernelConfig, heads: int) -> int:
         """A table's limit, counted in heads of the reference shape, in heads of `config`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grid(self, config: KernelConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:
         """Programs along x, y, z."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layout(self, **arguments: Any) -> Layout:
         """Check the arguments of one call against the contract and describe them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def switches(self, config: KernelConfig) -> dict[str, Any]:
         """The non-tensor arguments of `layout` that `config` fixes."""
-        raise NotImplementedError
