@@ -1,9 +1,12 @@
 # Every target works from a bare clone: it makes .venv if it has to, then does its job. Where
 # $(PYTHON) already has a torch that sees a GPU, demo, test, test-gpu and bench run on it as it is.
+# A CUDA build of torch asks for one exact Triton: with a GPU, .venv gets the torch whose Triton is
+# the one that constraints.txt pins.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+TORCH := $(if $(wildcard /dev/nvidiactl),2.11.0,2.13.0)
 
 ifneq ($(filter demo test test-gpu bench golden,$(MAKECMDGOALS)),)
 SEES_GPU := $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo yes)
@@ -25,14 +28,15 @@ help:  ## Show this list.
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test,dev,cuda]'
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install -q -c $(VENV)/constraints.txt -e '.[test,dev,cuda]'
 	@touch $@
 
 demo: $(READY)  ## Render, compile, cache and run a kernel, and check its answer.
 	@SSMGEN_CACHE_DIR=$(CURDIR)/cache/store $(RUN) -c 'from ssmgen.cli import main; main()' demo
 
 test: $(READY)  ## Run the tests that need no GPU.
-	@$(RUN) -m pytest -n 2 -m 'not gpu'
+	@$(RUN) -m pytest -n auto -m 'not gpu'
 
 test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'
