@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .kernel import Kernel, get_kernel
     from .ops.ssu import selective_state_update
     from .plan import Plan
+    from .policy import freeze
 
 __all__ = [
     "Arch",
@@ -24,6 +25,7 @@ __all__ = [
     "KernelConfig",
     "Plan",
     "__version__",
+    "freeze",
     "get_kernel",
     "selective_state_update",
 ]
@@ -35,6 +37,7 @@ _WHERE = {
     "Kernel": "kernel",
     "KernelConfig": "config",
     "Plan": "plan",
+    "freeze": "policy",
     "get_kernel": "kernel",
     "selective_state_update": "ops.ssu",
 }

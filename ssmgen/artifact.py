@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from .config import canonical_json
@@ -18,6 +19,9 @@ from .errors import StoreError
 __all__ = ["Artifact"]
 
 FILES = ("kernel.cubin", "source.py")
+
+# A toolchain's name is a folder's name.
+_TOOLCHAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Artifact:
     manifest: dict[str, Any]
     cubin: bytes
     source: str
+    # What keeps the entry it was read from in the store while the artifact lives.
+    hold: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def build(cls, description: dict[str, Any], cubin: bytes, source: str) -> Artifact:
@@ -48,8 +54,13 @@ class Artifact:
         }
 
     @classmethod
-    def verify(cls, key: str, contents: dict[str, bytes], abi: int) -> Artifact:
-        """Rebuild from an entry's files. Raises `StoreError` saying what is wrong with them."""
+    def verify(
+        cls, key: str, toolchain: str, contents: dict[str, bytes], abi: int, *, hold: Any = None
+    ) -> Artifact:
+        """Rebuild from the files of the entry of `key` and `toolchain`.
+
+        Raises `StoreError` saying what is wrong with them.
+        """
         try:
             manifest = json.loads(contents["manifest.json"])
             body = {name: value for name, value in manifest.items() if name != "sha256"}
@@ -64,13 +75,15 @@ class Artifact:
                     raise StoreError(f"{name}: digest differs from the manifest's")
             if manifest["key"] != key:
                 raise StoreError(f"manifest.json: entry of another key, {manifest['key']}")
+            if manifest["toolchain"] != toolchain or not _TOOLCHAIN.fullmatch(toolchain):
+                raise StoreError(f"manifest.json: of toolchain {manifest['toolchain']!r}")
             if _digest(manifest["factors"]) != key:
                 raise StoreError("manifest.json: its factors do not hash to its key")
             if manifest["factors"]["abi"] != abi:
                 raise StoreError(f"manifest.json: ABI {manifest['factors']['abi']}, not {abi}")
             if not contents[FILES[0]].startswith(b"\x7fELF"):
                 raise StoreError("kernel.cubin: not an ELF file")
-            return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode())
+            return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode(), hold)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise StoreError(f"manifest.json: malformed ({error!r})") from None
 

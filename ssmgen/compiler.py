@@ -22,6 +22,7 @@ import threading
 import types
 from typing import Any
 
+from . import policy
 from .arch import Arch
 from .artifact import Artifact
 from .config import KernelConfig
@@ -84,7 +85,9 @@ def load_source(source: str, entry: str, decorate: Any) -> Any:
 
 
 def compile(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
-    """Render and compile one kernel. Raises `CompileError` with the config and the cause."""
+    """Render and compile one kernel. Raises `CompileError` with the config and the cause, and
+    `JitDeniedError` after `policy.freeze`."""
+    policy.refuse_if_frozen(config, arch)
     source = render(config, plan, arch)
     entry = entry_name(config, plan)
     with triton_lock:

@@ -9,6 +9,7 @@ __all__ = [
     "ConfigError",
     "ConfigTypeError",
     "DeviceError",
+    "JitDeniedError",
     "SsmgenError",
     "StoreError",
     "UnsupportedError",
@@ -49,3 +50,7 @@ class CompileError(SsmgenError, RuntimeError):
 
 class StoreError(SsmgenError, RuntimeError):
     """The on-disk store cannot do what was asked."""
+
+
+class JitDeniedError(StoreError):
+    """A kernel is in no store, and compiling is forbidden."""

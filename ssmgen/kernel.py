@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from . import compiler
+from . import compiler, policy
 from .arch import Arch
 from .artifact import Artifact
 from .config import KernelConfig
@@ -18,7 +18,7 @@ from .families.base import Layout
 from .launcher import Function, Launch, enter, load
 from .plan import Choice, Plan, dispatch
 from .settings import settings
-from .store import stores
+from .store import evict, find, user_store
 from .template import key
 
 __all__ = ["Kernel", "Variant", "build", "get_kernel"]
@@ -31,19 +31,28 @@ _building: dict[Any, threading.Lock] = {}
 
 
 def build(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
-    """The artifact of one plan: from the first store that has it, else compiled and published."""
+    """The artifact of one plan: from the first store that has it, else compiled and published.
+
+    Where nothing can or may be compiled, an artifact of another toolchain serves too.
+    """
     wanted = key(config, plan, arch)
     toolchain = compiler.toolchain()
-    roots = stores()
-    for store in roots:
-        if found := store.get(wanted, toolchain):
-            return found
+    may_compile = policy.allowed()
+    if toolchain is not None and (found := find(wanted, toolchain)):
+        return found
+    if (toolchain is None or not may_compile) and (found := find(wanted, None)):
+        if toolchain is not None:
+            built_by = found.manifest["toolchain"]
+            log.warning("kernel %s: built by %s, %s is here", wanted[:12], built_by, toolchain)
+        return found
+    if not may_compile:
+        raise policy.refuse(config, arch)
     if toolchain is None:
         raise StoreError(
-            f"kernel {wanted[:12]} is in no store and there is no Triton here to compile it; "
-            f"config: {config.to_json()}"
+            f"kernel {wanted[:12]} is in no store and there is no Triton here to compile it. Where "
+            f"there is one, run\n    {policy.prewarm_command(config, arch)}"
         )
-    own = next((store for store in roots if store.writable), None)
+    own = user_store()
     if own is None:
         return _compile(config, plan, arch)
     with own.claim(f"{wanted}.{toolchain}"):
@@ -54,6 +63,8 @@ def build(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
             own.put(artifact)
         except StoreError as error:
             log.warning("%s; the kernel is used from memory", error)
+        else:
+            evict.keep_small(own)
     return artifact
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,14 @@ VARIABLES = {
     "else ~/.cache/ssmgen).",
     "SSMGEN_CACHE_PATH": "More stores, read-only, searched after the user store; "
     "separated like PATH.",
+    "SSMGEN_CACHE_REMOTE": "A store behind any URL that fsspec can read (s3://, gs://, https://, "
+    "file://): asked last, verified, never written to. Off unless set.",
+    "SSMGEN_CACHE_TRUST": "Roots that are used although others than their owner may write to them; "
+    "separated like PATH.",
+    "SSMGEN_CACHE_SIZE": "The most the user store may grow to, like 500MB or 8GiB (default: 8GiB; "
+    "0: no limit). What was used least recently goes first.",
+    "SSMGEN_JIT": "deny: a kernel that is in no store is an error, not a compilation "
+    "(default: allow).",
     "SSMGEN_INTERPRET": "1: on CPU tensors run the generated kernel in Triton's interpreter "
     "instead of the PyTorch reference.",
     "SSMGEN_BATCH_INVARIANT": "1: one plan for every batch size, so that results never depend on "
@@ -35,6 +44,10 @@ class Settings:
 
     cache_dir: Path | None
     cache_path: tuple[Path, ...]
+    cache_remote: str | None
+    cache_trust: tuple[Path, ...]
+    cache_size: int | None
+    jit: bool
     interpret: bool
     batch_invariant: bool
 
@@ -53,6 +66,27 @@ def _expanded(name: str, path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{name}: {path!r}: {error}") from None
+
+
+def _paths(name: str) -> tuple[Path, ...]:
+    return tuple(_expanded(name, p) for p in os.environ.get(name, "").split(os.pathsep) if p)
+
+
+def _size(name: str, default: str) -> int | None:
+    text = os.environ.get(name, "").strip() or default
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text)
+    if found is None:
+        raise ConfigError(f"{name}: {text!r} is not a size; allowed: like 500MB, 8GiB, or 0")
+    number, prefix, binary = found.groups()
+    unit = (1024 if binary else 1000) ** ("kMGT".index(prefix) + 1) if prefix else 1
+    return int(float(number) * unit) or None
+
+
+def _jit() -> bool:
+    value = os.environ.get("SSMGEN_JIT", "").strip().lower() or "allow"
+    if value not in ("allow", "deny"):
+        raise ConfigError(f"SSMGEN_JIT: {value!r} is not known; allowed: allow, deny")
+    return value == "allow"
 
 
 def _user_store() -> Path | None:
@@ -78,10 +112,13 @@ def settings() -> Settings:
         for name in os.environ:
             if name.startswith("SSMGEN_") and name not in VARIABLES:
                 log.warning("%s is set but ssmgen knows no such variable", name)
-        paths = os.environ.get("SSMGEN_CACHE_PATH", "").split(os.pathsep)
         parsed = Settings(
             cache_dir=_user_store(),
-            cache_path=tuple(_expanded("SSMGEN_CACHE_PATH", p) for p in paths if p),
+            cache_path=_paths("SSMGEN_CACHE_PATH"),
+            cache_remote=os.environ.get("SSMGEN_CACHE_REMOTE") or None,
+            cache_trust=_paths("SSMGEN_CACHE_TRUST"),
+            cache_size=_size("SSMGEN_CACHE_SIZE", "8GiB"),
+            jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
         )

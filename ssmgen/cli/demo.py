@@ -93,14 +93,14 @@ def _versions() -> dict[str, Any]:
 
     from .._version import __version__
     from ..compiler import toolchain
-    from ..store import stores
+    from ..store import user_store
 
-    own = stores()[:1]
+    own = user_store()
     return {
         "ssmgen": __version__,
         "toolchain": toolchain(),
         "torch": torch.__version__,
-        "store": str(own[0].root) if own else None,
+        "store": str(own.root) if own else None,
     }
 
 
@@ -173,12 +173,12 @@ def _compile_all(
 def _compile(config: SsuConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
     from ..compiler import toolchain
     from ..kernel import build
-    from ..store import stores
+    from ..store import find
     from ..template import key
 
     start = time.perf_counter()
     wanted = key(config, plan, arch)
-    found = next((a for s in stores() if (a := s.get(wanted, toolchain()))), None)
+    found = find(wanted, toolchain())
     artifact = found or build(config, plan, arch)
     manifest = artifact.manifest
     return {

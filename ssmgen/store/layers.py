@@ -1,0 +1,124 @@
+"""Which roots are asked, in which order, and which of them are trusted.
+
+The user store; then ``SSMGEN_CACHE_PATH``; then the stores inside installed wheels (entry points
+``ssmgen.stores``); then the remote. Each later one is looked at only when those before it miss.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..settings import settings
+from .local import Store, report
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+    from .remote import Remote
+
+__all__ = ["find", "layers", "named", "refusal", "remote", "stores", "user_store"]
+
+
+def user_store() -> Store | None:
+    """The store that is written to; None if there is no place for one, or it is refused."""
+    store = _user()
+    return store if store is not None and _trusted(store) else None
+
+
+def stores() -> list[Store]:
+    """Every trusted root on this machine, in the order they are asked."""
+    return list(layers())
+
+
+def layers() -> Iterator[Store]:
+    """`stores`, one at a time: a hit in an early one never looks for the later ones."""
+    return (store for store in named() if _trusted(store))
+
+
+def named() -> Iterator[Store]:
+    """Every root on this machine that is named, trusted or not, in the order they are asked."""
+    if own := _user():
+        yield own
+    for root in settings().cache_path:
+        yield Store(root, writable=False, origin="path")
+    for root in _wheels():
+        yield Store(root, writable=False, origin="wheel")
+
+
+def _user() -> Store | None:
+    root = settings().cache_dir
+    return Store(root) if root else None
+
+
+def remote() -> Remote | None:
+    """The remote root, if ``SSMGEN_CACHE_REMOTE`` names one."""
+    url = settings().cache_remote
+    if url is None:
+        return None
+    from .remote import Remote
+
+    return Remote.at(url)
+
+
+def find(key: str, toolchain: str | None) -> Artifact | None:
+    """The first verified artifact of all layers; without a toolchain, of any toolchain.
+
+    What the remote has is published to the user store.
+    """
+    for store in layers():
+        if found := store.get(key, toolchain):
+            return found
+    far = remote()
+    return far.fetch(key, toolchain, user_store()) if far else None
+
+
+def refusal(store: Store) -> str | None:
+    """Why a root is not trusted; None if it is (or is not there yet).
+
+    A root is refused if users other than its owner may write to it, unless it lies on a read-only
+    mount or ``SSMGEN_CACHE_TRUST`` names it.
+    """
+    if store.root in settings().cache_trust:
+        return None
+    for folder in (store.root, store.base):
+        try:
+            mode = folder.stat().st_mode
+            read_only = mode & 0o022 and os.statvfs(folder).f_flag & os.ST_RDONLY
+        except OSError:
+            return None
+        if mode & 0o022 and not read_only:
+            who = "everyone" if mode & 0o002 else "its group"
+            return (
+                f"{who} may write to {folder} (mode {stat.S_IMODE(mode):o}); chmod go-w {folder}, "
+                f"or list {store.root} in SSMGEN_CACHE_TRUST"
+            )
+    return None
+
+
+def _trusted(store: Store) -> bool:
+    why = refusal(store)
+    if why is not None:
+        report(f"store {store.root} is not used: {why}")
+    return why is None
+
+
+@functools.cache
+def _wheels() -> tuple[Path, ...]:
+    """Folders of the packages that the entry points name; no package is imported."""
+    roots = []
+    for point in importlib.metadata.entry_points(group="ssmgen.stores"):
+        try:
+            found = importlib.util.find_spec(point.module)
+        except (ImportError, ValueError):
+            found = None
+        places = list(found.submodule_search_locations or ()) if found else []
+        if not places:
+            report(f"entry point {point.name} of ssmgen.stores: no package {point.module}")
+        roots += [Path(place, *filter(None, point.attr.split("."))) for place in places]
+    return tuple(sorted(roots))

@@ -1,0 +1,296 @@
+"""One root of the on-disk store.
+
+    <root>/v1/<first two of key>/<key>/<toolchain>/{manifest.json, kernel.cubin, source.py}
+
+A hit reads files and nothing else: no lock, no write, no compiler. Publishing stages a folder on
+the same filesystem and renames it into place, so an entry is whole or absent; a lock only saves
+double work. A bad entry is a miss: reported once, set aside, compiled again. What another process
+published is never deleted or replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import re
+import resource
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..artifact import FILES, Artifact
+from ..errors import StoreError
+from ..template import ABI_VERSION
+
+__all__ = ["MAX_FILE", "Store", "newest_first", "report"]
+
+log = logging.getLogger("ssmgen")
+
+# A kernel is some 30 kB; nothing that is read or unpacked may be larger than this.
+MAX_FILE = 64 << 20
+
+
+@functools.cache
+def report(text: str) -> None:
+    """Warn, once in a process about one thing."""
+    log.warning(text)
+
+
+class Store:
+    """One root. ``writable=False`` never writes, not even to set a bad entry aside.
+
+    `origin` says where the root was named: ``user``, ``path`` or ``wheel``.
+    """
+
+    def __init__(self, root: Path, *, writable: bool = True, origin: str = "user") -> None:
+        self.root = root
+        self.writable = writable
+        self.origin = origin
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r}, writable={self.writable}, origin={self.origin!r})"
+
+    @property
+    def base(self) -> Path:
+        """Where this version of the layout lives."""
+        return self.root / "v1"
+
+    def entry(self, key: str, toolchain: str) -> Path:
+        """The folder of one entry."""
+        return self.base / key[:2] / key / toolchain
+
+    def toolchains(self, key: str) -> list[str]:
+        """Names of the toolchains that have an entry for `key`, the newest first."""
+        try:
+            names = os.listdir(self.base / key[:2] / key)
+        except OSError:
+            return []
+        return newest_first(name for name in names if not name.startswith("."))
+
+    def get(self, key: str, toolchain: str | None) -> Artifact | None:
+        """The verified artifact, or None. Without a toolchain any toolchain's will do."""
+        for name in self.toolchains(key) if toolchain is None else (toolchain,):
+            folder = self.entry(key, name)
+            try:
+                return _load(folder)
+            except FileNotFoundError:
+                pass
+            except StoreError as error:
+                self._set_aside(folder, str(error))
+            except OSError as error:  # not the entry's fault: no right, no handles, a stale mount
+                report(f"cannot read {folder}: {error}")
+        return None
+
+    def fault(self, key: str, toolchain: str) -> str | None:
+        """What is wrong with an entry, None if nothing is. Changes nothing."""
+        return _fault(self.entry(key, toolchain))
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """(key, toolchain) of every entry, good or bad, by key."""
+        for folder in sorted(self.base.glob("??/*/*")):
+            if re.fullmatch(r"[0-9a-f]{64}", folder.parent.name):
+                yield folder.parent.name, folder.name
+
+    def entries(self) -> Iterator[Artifact]:
+        """Every good entry, by key."""
+        for key, toolchain in self.names():
+            if found := self.get(key, toolchain):
+                yield found
+
+    def put(self, artifact: Artifact) -> None:
+        """Publish. Raises `StoreError` if the disk refuses; a good entry that is there stays."""
+        key, toolchain = artifact.manifest["key"], artifact.manifest["toolchain"]
+        target = self.entry(key, toolchain)
+        stage = self.base / "stage" / uuid.uuid4().hex
+        try:
+            self._make(stage)
+            for name, data in artifact.contents().items():
+                with open(stage / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _sync(stage)
+            self._make(target.parent)
+            # Twice: what stood there may have been bad, and `get` has set it aside then.
+            if self._publish(stage, target) or (
+                self.get(key, toolchain) is None and self._publish(stage, target)
+            ):
+                _sync(target.parent)
+        except OSError as error:
+            raise StoreError(
+                f"cannot publish to {self.root}: {error}; make room there, or the right to write, "
+                "or name another store in SSMGEN_CACHE_DIR"
+            ) from error
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def _publish(self, stage: Path, target: Path) -> bool:
+        """Rename into place; False if something is there already, seen from this host or not."""
+        try:
+            stage.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[None]:
+        """Hold the lock of `name`, to save a second compilation. Never needed to be correct."""
+        import filelock
+
+        path = self.base / "locks" / f"{name}.lock"
+        lock = None
+        try:
+            self._make(path.parent)
+            lock = filelock.FileLock(path, timeout=120)
+            lock.acquire()
+        except (OSError, NotImplementedError, filelock.Timeout) as error:
+            report(f"no lock at {path} ({error}); another process may compile the same")
+            lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _set_aside(self, thing: Path, why: str) -> None:
+        report(f"bad entry {thing}: {why}")
+        if self.writable:
+            with contextlib.suppress(OSError):
+                aside = self._move_away(thing)
+                # Another process may have published a good one before our rename: put it back.
+                if _fault(aside, thing) is None:
+                    aside.rename(thing)
+
+    def _move_away(self, thing: Path) -> Path:
+        """Rename a thing that must not be where it is; nothing is deleted."""
+        bad = self.base / "bad"
+        if not bad.is_dir() and os.path.lexists(bad):
+            bad.rename(self.base / f"bad.{uuid.uuid4().hex}")
+        self._make(bad)
+        aside = bad / f"{thing.parent.name}.{thing.name}.{uuid.uuid4().hex}"
+        thing.rename(aside)
+        return aside
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder at or below `base` that none but its owner may write to.
+
+        Something else in its way, below `base`, is set aside.
+        """
+        if folder.is_dir():
+            return
+        if folder == self.base:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o755, exist_ok=True)
+        else:
+            self._make(folder.parent)
+            if os.path.lexists(folder) and not folder.is_dir():
+                report(f"{folder}: not a folder; set aside")
+                self._move_away(folder)
+        folder.mkdir(mode=0o755, exist_ok=True)
+
+
+class Hold:
+    """An open handle on an entry's folder, by which `evict` sees that a process uses it.
+
+    A process keeps at most a quarter of the handles it may have; artifacts beyond are not held.
+    """
+
+    open = 0
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        Hold.open += handle >= 0
+
+    def settle(self) -> None:
+        """Let go if too many are held."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and Hold.open > soft // 4:
+            self.release()
+
+    def release(self) -> None:
+        """Close the handle."""
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            Hold.open -= 1
+            os.close(handle)
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __reduce__(self) -> tuple[type[Hold], tuple[int]]:
+        return Hold, (-1,)
+
+
+def newest_first(toolchains: Iterable[str]) -> list[str]:
+    """Toolchain names by the numbers in them: ``triton-3.10.0`` before ``triton-3.9.0``."""
+    return sorted(
+        toolchains,
+        key=lambda name: ([int(n) for n in re.findall(r"\d+", name.split("-ptxas-")[0])], name),
+        reverse=True,
+    )
+
+
+def _load(folder: Path, entry: Path | None = None) -> Artifact:
+    """What `folder` holds, as the entry that belongs at `entry` (default: there).
+
+    Raises FileNotFoundError if it is absent, `StoreError` if it is bad, OSError if this host
+    refuses to read it.
+    """
+    entry = entry or folder
+    try:
+        hold = Hold(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+    except NotADirectoryError:
+        if os.path.lexists(folder):
+            raise StoreError("not a folder") from None
+        raise FileNotFoundError(folder) from None
+    try:
+        contents = {name: _read(name, hold.handle) for name in ("manifest.json", *FILES)}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        if not _same(folder, hold.handle):  # it was replaced or evicted while we read
+            raise FileNotFoundError(folder) from None
+        raise StoreError(f"{error.filename}: {error.strerror}") from None
+    hold.settle()
+    return Artifact.verify(entry.parent.name, entry.name, contents, ABI_VERSION, hold=hold)
+
+
+def _read(name: str, folder: int) -> bytes:
+    """A regular file of sane size; a pipe or a device does not block us."""
+    with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreError(f"{name}: not a regular file")
+        if found.st_size > MAX_FILE:
+            raise StoreError(f"{name}: {found.st_size} bytes, more than any kernel has")
+        return file.read(MAX_FILE + 1)
+
+
+def _same(folder: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(handle))
+    except OSError:
+        return False
+
+
+def _fault(folder: Path, entry: Path | None = None) -> str | None:
+    try:
+        _load(folder, entry)
+    except FileNotFoundError:
+        return "absent"
+    except (StoreError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
