@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import SsmgenError
-
-if TYPE_CHECKING:
-    from ..config import KernelConfig
+from .inputs import read_config
 
 __all__ = ["render"]
 
@@ -59,7 +56,7 @@ def render(
     from ..plan import dispatch
 
     try:
-        wanted = _read(config)
+        wanted = read_config(config)
         target = Arch.of(arch)
         choices = dispatch(wanted, target)
     except SsmgenError as error:
@@ -68,16 +65,3 @@ def render(
         c.plan for c in choices if c.limit is None or (heads is not None and heads <= c.limit)
     )
     sys.stdout.write(template.render(wanted, plan, target, interpret=interpret))
-
-
-def _read(text: str) -> KernelConfig:
-    from ..config import KernelConfig
-
-    if text == "-":
-        return KernelConfig.from_json(sys.stdin.read())
-    if text.lstrip().startswith("{"):
-        return KernelConfig.from_json(text)
-    try:
-        return KernelConfig.from_json(Path(text).read_bytes())
-    except OSError as error:
-        raise typer.BadParameter(f"config {text}: {error.strerror}") from None
