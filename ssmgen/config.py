@@ -10,14 +10,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from .errors import ConfigError, ConfigTypeError
 
-__all__ = ["SCHEMA", "KernelConfig", "canonical_json", "choice", "dtype_name", "flag", "integer"]
+__all__ = [
+    "ALGORITHMS",
+    "SCHEMA",
+    "KernelConfig",
+    "canonical_json",
+    "choice",
+    "dtype_name",
+    "flag",
+    "integer",
+    "plain",
+    "shown",
+]
 
 SCHEMA = 1
+
+ALGORITHMS = ("simple", "vertical", "horizontal")
 
 _DTYPES = {
     "fp64": ("float64", "double"),
@@ -35,10 +49,36 @@ _ALIASES = {alias: name for name, all_ in _DTYPES.items() for alias in (name, *a
 
 def dtype_name(value: Any) -> str:
     """The short name (``bf16``) of a torch dtype or of any of its names; ConfigError if none."""
-    name = _ALIASES.get(str(value).removeprefix("torch."))
+    name = _dtype(value)
     if name is None:
-        raise ConfigError(f"{value!r} is not a dtype; known: {', '.join(_DTYPES)}")
+        raise ConfigError(f"{shown(value)} is not a dtype; known: {', '.join(_DTYPES)}")
     return name
+
+
+def _dtype(value: Any) -> str | None:
+    torch = sys.modules.get("torch")
+    text = str(value) if torch and type(value) is torch.dtype else plain(value)
+    return _ALIASES.get(text.removeprefix("torch.")) if type(text) is str else None
+
+
+def plain(value: Any) -> Any:
+    """The built-in str or int that a value of a subclass holds, whatever it prints as or compares
+    equal to; any other value as it is. What is rendered has gone through here."""
+    kind = type(value)
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if issubclass(kind, int) and kind is not bool:
+        return int.__index__(value)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: short, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # of a class that is not ours, or an int too long to print
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def canonical_json(value: Any) -> str:
@@ -78,20 +118,21 @@ class KernelConfig:
 
     family: str = "ssu"
     dtype: str = choice("bf16", ("bf16", "fp16", "fp32"))
-    algorithm: str = choice("auto", ("auto", "simple", "vertical", "horizontal"), dispatch=True)
+    algorithm: str = choice("auto", ("auto", *ALGORITHMS), dispatch=True)
     index_dtype: str | None = choice("int64", ("int32", "int64", None))
     aligned: bool = flag(True)
     pdl: bool = flag(False)
     batch_invariant: bool = flag(False, dispatch=True)
 
-    def __new__(cls, **fields: Any) -> KernelConfig:
+    def __new__(cls, /, **fields: Any) -> KernelConfig:
         if cls is KernelConfig:
             cls = _subclass(fields.get("family", "ssu"))
-        known = cls.__dataclass_fields__
-        for name in fields:
-            if name not in known or name.startswith("_"):
-                allowed = ", ".join(n for n in known if not n.startswith("_"))
-                raise ConfigTypeError(f"{name}: not a field of this config; fields: {allowed}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in map(plain, fields):
+            if name not in known:
+                raise ConfigTypeError(
+                    f"{name}: not a field of this config; fields: {', '.join(known)}"
+                )
         return object.__new__(cls)
 
     def __init_subclass__(cls, family: str, **kwargs: Any) -> None:
@@ -116,7 +157,7 @@ class KernelConfig:
     @staticmethod
     def reject(name: str, value: Any, allowed: str) -> None:
         """Raise the `ConfigError` all fields share."""
-        raise ConfigError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
+        raise ConfigError(f"{name}: {shown(value)} is not allowed; allowed: {allowed}")
 
     def replace(self, **changes: Any) -> KernelConfig:
         """A copy with some fields changed, validated again.
@@ -168,28 +209,32 @@ class KernelConfig:
 def _subclass(family: Any) -> type[KernelConfig]:
     from .families import names, spec
 
-    if family not in names():
-        raise ConfigError(f"family: {family!r} is not known; allowed: {', '.join(names())}")
-    spec(family)
-    return KernelConfig._families[family]
+    name = plain(family)
+    if type(name) is not str or name not in names():
+        raise ConfigError(f"family: {shown(name)} is not known; allowed: {', '.join(names())}")
+    spec(name)
+    return KernelConfig._families[name]
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     meta = field.metadata
+    value = plain(value)
     if "allowed" in meta:
-        allowed = meta["allowed"]
-        if value is not None and not isinstance(value, (bool, int)):
-            value = _ALIASES.get(str(value).removeprefix("torch."), value)
-        if value not in allowed or (isinstance(value, bool) and bool not in map(type, allowed)):
-            KernelConfig.reject(field.name, value, ", ".join(map(str, allowed)))
+        value = _dtype(value) or value
+        for allowed in meta["allowed"]:
+            if type(value) is type(allowed) and value == allowed:
+                return allowed
+        KernelConfig.reject(field.name, value, ", ".join(map(str, meta["allowed"])))
     elif meta.get("kind") is bool:
-        if not isinstance(value, bool):
-            raise ConfigTypeError(f"{field.name}: {value!r} is not a bool; allowed: True, False")
+        if type(value) is not bool:
+            raise ConfigTypeError(
+                f"{field.name}: {shown(value)} is not a bool; allowed: True, False"
+            )
     elif meta.get("kind") is int and not (value is None and field.default is None):
         low, high, step = meta["range"]
         allowed = f"{low} to {high}" + (f" in multiples of {step}" if step > 1 else "")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigTypeError(f"{field.name}: {value!r} is not an int; allowed: {allowed}")
+        if type(value) is not int:
+            raise ConfigTypeError(f"{field.name}: {shown(value)} is not an int; allowed: {allowed}")
         if not low <= value <= high or value % step:
             KernelConfig.reject(field.name, value, allowed)
     return value

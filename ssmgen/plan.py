@@ -14,12 +14,15 @@ from typing import Any
 
 from . import resources
 from .arch import Arch
-from .config import KernelConfig
+from .config import ALGORITHMS, KernelConfig, plain, shown
 from .errors import ConfigError
 from .families import spec
 from .settings import settings
 
 __all__ = ["Choice", "Plan", "dispatch"]
+
+# Elements of the largest tile that Triton makes; nothing that a plan counts is larger.
+LARGEST = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,22 @@ class Plan:
     evict_first: bool = False
 
     def __post_init__(self) -> None:
+        algorithm = plain(self.algorithm)
+        if type(algorithm) is not str or algorithm not in ALGORITHMS:
+            allowed = ", ".join(ALGORITHMS)
+            raise ConfigError(f"plan.algorithm: {shown(algorithm)} found; allowed: {allowed}")
+        object.__setattr__(self, "algorithm", algorithm)
         for name in ("block_m", "block_n", "num_warps", "num_stages", "split"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"plan.{name}: {value!r} is not a positive int")
+            value = plain(getattr(self, name))
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise ConfigError(
+                    f"plan.{name}: {shown(value)} is not a positive int up to {LARGEST}"
+                )
             if name in ("block_m", "block_n", "num_warps") and value & (value - 1):
                 raise ConfigError(f"plan.{name}: {value!r} is not a power of two")
+            object.__setattr__(self, name, value)
+        if type(self.evict_first) is not bool:
+            raise ConfigError(f"plan.evict_first: {shown(self.evict_first)} is not a bool")
 
     def fields(self) -> dict[str, Any]:
         """Every field by name."""
