@@ -1,0 +1,245 @@
+"""Manifest: which kernels to compile ahead of time, as JSON that people write.
+
+A list in the place of a field's value stands for each of its members, and several lists for their
+product. What a manifest says about models is checked against the configs it holds, so that one
+which names a model cannot forget it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import resources
+from .config import KernelConfig
+from .errors import ConfigError, ConfigTypeError
+
+__all__ = ["SCHEMA", "Manifest", "Model", "find", "read", "shipped"]
+
+SCHEMA = 1
+
+_FIELDS = ("schema", "source", "models", "tensor_parallel", "common", "configs")
+_MODEL = ("name", "repositories", "facts")
+_FACTS = ("layers", "conv_width", "d_state")
+_MAMBA2 = ("nheads", "head_dim", "n_groups")
+_MAMBA1 = ("dim",)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a manifest serves, and the facts of its mamba layers.
+
+    Mamba2 layers have ``nheads``, ``head_dim`` and ``n_groups``; Mamba1 layers have ``dim`` rows
+    without heads. All have ``d_state`` and ``conv_width``. ``mamba_layers`` of the ``layers`` are
+    such, if that is known.
+    """
+
+    name: str
+    repositories: tuple[str, ...]
+    facts: dict[str, int]
+
+    def rank(self, size: int) -> dict[str, int]:
+        """What one of `size` tensor-parallel ranks has. Raises `ConfigError` if it cannot be cut.
+
+        Heads are dealt out evenly. So are groups where they divide; where there are fewer groups
+        than ranks, each rank has a copy of the one group its heads belong to.
+        """
+        facts = self.facts
+        whole = "nheads" if "nheads" in facts else "dim"
+        if facts[whole] % size:
+            raise ConfigError(f"{self.name}: {size} ranks do not divide {facts[whole]} {whole}")
+        part = {whole: facts[whole] // size}
+        if whole == "nheads":
+            groups = facts["n_groups"]
+            if groups % size and size % groups:
+                raise ConfigError(f"{self.name}: {size} ranks do not divide {groups} groups")
+            part["n_groups"] = max(1, groups // size)
+        return part
+
+    def shape(self, size: int) -> tuple[int, int]:
+        """``(dim, dstate)`` of the kernel that serves one of `size` ranks."""
+        part = self.rank(size)
+        if "dim" not in part:
+            return self.facts["head_dim"], self.facts["d_state"]
+        # A headless state is cut into heads of a power of two rows, at most 64.
+        return min(64, part["dim"] & -part["dim"]), self.facts["d_state"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``configs`` are distinct and in the order written."""
+
+    origin: str
+    source: str
+    models: tuple[Model, ...]
+    tensor_parallel: tuple[int, ...]
+    configs: tuple[KernelConfig, ...]
+
+
+def read(path: str | Path) -> Manifest:
+    """Read and expand a manifest. Raises `ConfigError` or `ConfigTypeError` naming file, entry,
+    field, value and what is allowed."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: {why}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, origin: str) -> Manifest:
+    """Expand a manifest; `origin` names it in errors."""
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not JSON: {error}") from None
+    _fields(data, origin, _FIELDS, required=("schema", "configs"))
+    if data["schema"] is True or data["schema"] != SCHEMA:
+        raise ConfigError(f"{origin}: schema: {data['schema']!r} is not known; allowed: {SCHEMA}")
+    source = data.get("source", "")
+    _require(source, str, f"{origin}: source", "a string")
+    models = tuple(
+        _model(entry, f"{origin}: models[{i}]")
+        for i, entry in enumerate(_list(data.get("models", []), f"{origin}: models"))
+    )
+    sizes = data.get("tensor_parallel", [1])
+    sizes = tuple(
+        _positive(size, f"{origin}: tensor_parallel[{i}]")
+        for i, size in enumerate(_list(sizes, f"{origin}: tensor_parallel"))
+    )
+    common = data.get("common", {})
+    _require(common, dict, f"{origin}: common", "an object")
+    configs: dict[KernelConfig, None] = {}
+    for i, entry in enumerate(_list(data["configs"], f"{origin}: configs")):
+        where = f"{origin}: configs[{i}]"
+        _require(entry, dict, where, "an object")
+        configs.update(dict.fromkeys(_expand({**common, **entry}, where)))
+    if not configs:
+        raise ConfigError(f"{origin}: configs: empty; allowed: at least one object")
+    manifest = Manifest(origin, source, models, sizes, tuple(configs))
+    _check_models(manifest)
+    return manifest
+
+
+def _expand(entry: dict[str, Any], where: str) -> Iterable[KernelConfig]:
+    """The configs of one entry: the product of its lists. ``note`` is for people."""
+    _require(entry.get("note", ""), str, f"{where}: note", "a string")
+    fields = {name: value for name, value in entry.items() if name != "note"}
+    lists = [name for name, value in fields.items() if isinstance(value, list)]
+    for name in lists:
+        if not fields[name]:
+            raise ConfigError(f"{where}: {name}: [] is empty; allowed: a value or several")
+    for values in itertools.product(*(fields[name] for name in lists)):
+        chosen = dict(zip(lists, values))
+        try:
+            yield KernelConfig(**{**fields, **chosen})
+        except (ConfigError, ConfigTypeError) as error:
+            text = f"{where}: {error}"
+            if chosen:
+                said = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+                text += f" (in the combination {said}; what cannot be combined needs entries of "
+                text += "its own)"
+            raise type(error)(text) from None
+
+
+def _check_models(manifest: Manifest) -> None:
+    """Every rank of every model must find its shape among the configs."""
+    shapes = {
+        (getattr(c, "dim", None), getattr(c, "dstate", None), getattr(c, "tie_hdim", None))
+        for c in manifest.configs
+    }
+    for model in manifest.models:
+        tied = "nheads" in model.facts
+        for size in manifest.tensor_parallel:
+            try:
+                dim, dstate = model.shape(size)
+            except ConfigError as error:
+                raise ConfigError(f"{manifest.origin}: {error}") from None
+            if (dim, dstate, tied) not in shapes:
+                raise ConfigError(
+                    f"{manifest.origin}: {model.name} over {size} ranks needs dim={dim}, "
+                    f"dstate={dstate}, tie_hdim={tied}; no config has these"
+                )
+
+
+def _model(entry: Any, where: str) -> Model:
+    _fields(entry, where, _MODEL, required=_MODEL)
+    _require(entry["name"], str, f"{where}: name", "a string")
+    repositories = _list(entry["repositories"], f"{where}: repositories")
+    for i, repository in enumerate(repositories):
+        _require(repository, str, f"{where}: repositories[{i}]", "a string")
+    facts = entry["facts"]
+    _require(facts, dict, f"{where}: facts", "an object")
+    shape = _MAMBA1 if "dim" in facts else _MAMBA2
+    required = (*_FACTS, *shape)
+    _fields(facts, f"{where}: facts", (*required, "mamba_layers"), required)
+    for name, value in facts.items():
+        _positive(value, f"{where}: facts: {name}")
+    return Model(entry["name"], tuple(repositories), facts)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name stands twice: the second would silently win."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands twice in one object")
+        found[name] = value
+    return found
+
+
+def _fields(value: Any, where: str, allowed: tuple[str, ...], required: tuple[str, ...]) -> None:
+    _require(value, dict, where, "an object")
+    for name in value:
+        if name not in allowed:
+            raise ConfigError(f"{where}: {name}: not a field; allowed: {', '.join(allowed)}")
+    for name in required:
+        if name not in value:
+            raise ConfigError(f"{where}: {name}: missing; required: {', '.join(required)}")
+
+
+def _require(value: Any, kind: type, where: str, allowed: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigTypeError(f"{where}: {value!r} is not allowed; allowed: {allowed}")
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    _require(value, list, where, "a list")
+    return value
+
+
+def _positive(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: {value!r} is not allowed; allowed: a positive integer")
+    return value
+
+
+@functools.cache
+def shipped() -> tuple[Manifest, ...]:
+    """The manifests that come with ssmgen, by file name."""
+    folder = resources.root() / "cache" / "manifests"
+    return tuple(read(path) for path in sorted(folder.glob("*.json")))
+
+
+def find(name: str) -> Manifest:
+    """The shipped manifest of a model, by its name or the name of its repository."""
+    known: dict[str, Manifest] = {}
+    names: list[str] = []
+    for manifest in shipped():
+        for model in manifest.models:
+            names.append(model.name)
+            for alias in (model.name, *model.repositories):
+                known[alias.lower()] = manifest
+                known[alias.rpartition("/")[2].lower()] = manifest
+    found = known.get(name.lower())
+    if found is None:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ConfigError(f"model: {name!r} has no manifest{hint}; known: {', '.join(names)}")
+    return found
