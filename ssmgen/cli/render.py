@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import SsmgenError
+from ..errors import SsmgenError, UnsupportedError
 from .inputs import read_config
 
 __all__ = ["render"]
@@ -39,6 +40,18 @@ def render(
             help="The source that runs in Triton's interpreter on a CPU: no inline assembly.",
         ),
     ] = False,
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--standalone",
+            help="A Python file that needs Triton and PyTorch alone: the source, inputs, a launch "
+            "and a check of the result.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write here, not to standard output."),
+    ] = None,
 ) -> None:
     """Print the Triton source of a kernel, exactly as it is compiled.
 
@@ -50,10 +63,13 @@ def render(
         ssmgen render config.json --arch sm_100
 
         ssmgen render '{"dim": 80, "algorithm": "vertical"}' --interpret
+
+        ssmgen render '{"state_dtype": "int8"}' --standalone --output kernel.py
     """
-    from .. import template
     from ..arch import Arch
     from ..plan import dispatch
+    from ..standalone import standalone
+    from ..template import render as source
 
     try:
         wanted = read_config(config)
@@ -64,4 +80,11 @@ def render(
     plan = next(
         c.plan for c in choices if c.limit is None or (heads is not None and heads <= c.limit)
     )
-    sys.stdout.write(template.render(wanted, plan, target, interpret=interpret))
+    try:
+        text = (standalone if alone else source)(wanted, plan, target, interpret=interpret)
+        if output is None:
+            sys.stdout.write(text)
+        else:
+            output.write_text(text, encoding="utf-8")
+    except (UnsupportedError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None

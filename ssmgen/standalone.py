@@ -1,0 +1,54 @@
+"""A kernel as one Python file that needs Triton and PyTorch and nothing of ours.
+
+The generated source stays as it is; after it stands what the family's template
+``<family>/standalone/main.py.j2`` makes: inputs, one launch, a check of the result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from .arch import KNOWN, Arch
+from .config import KernelConfig
+from .errors import UnsupportedError
+from .families import spec
+from .plan import Plan
+from .template import _environment, entry_name, options, render
+
+__all__ = ["standalone"]
+
+
+def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool = False) -> str:
+    """The file. With `interpret` it also runs on a CPU, under ``TRITON_INTERPRET=1``; it then has
+    the source of the oldest architecture, without conversions that the interpreter gets wrong.
+
+    Raises `UnsupportedError` if the family has no such form.
+    """
+    from jinja2 import TemplateNotFound
+
+    name = f"{config.family}/standalone/main.py.j2"
+    try:
+        template = _environment().get_template(name)
+    except TemplateNotFound:
+        raise UnsupportedError(f"family {config.family}: has no standalone form") from None
+    if interpret:
+        arch = Arch.of(KNOWN[0])
+    family = spec(config.family)
+    main = template.render(
+        config=config,
+        entry=entry_name(config, plan),
+        arguments=family.arguments(config),
+        grid=functools.partial(family.grid, config, plan),
+        options=options(config, plan, arch),
+        interpret=interpret,
+        **family.context(config, plan, arch),
+    )
+    where = "a GPU, or on a CPU with TRITON_INTERPRET=1" if interpret else "a GPU"
+    source = render(config, plan, arch, interpret=interpret)
+    source = source.replace(
+        '\n"""\n\nimport triton\n',
+        f"\n\nRun it on {where}. It needs Triton and PyTorch,\nand checks its own result.\n"
+        '"""\n\nimport torch\nimport triton\n',
+        1,
+    )
+    return f"{source}\n\n{main.rstrip()}\n"

@@ -1,0 +1,24 @@
+"""What `ssmgen render --standalone` writes, on a GPU, through Triton's own launcher."""
+
+from __future__ import annotations
+
+import pytest
+from standalone_files import FEATURES, run_alone
+
+from ssmgen import Arch, KernelConfig
+from ssmgen.plan import dispatch
+from ssmgen.standalone import standalone
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_file_runs_alone_on_a_gpu_and_finds_itself_right(name, interpret, tmp_path):
+    config, arch = KernelConfig(**{"pdl": True, **FEATURES[name]}), Arch.detect()
+    for i, plan in enumerate({choice.plan for choice in dispatch(config, arch)}):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        source = standalone(config, plan, arch, interpret=interpret)
+        result = run_alone(source, folder)
+        assert result.returncode == 0, result.stdout + result.stderr
