@@ -84,7 +84,7 @@ def test_the_kernel_in_the_file_is_the_one_that_is_compiled():
 
 def test_no_file_names_what_its_config_lacks_or_the_package():
     for config, _, interpret, source in everything():
-        main = source.split("BATCH, NHEADS")[1]
+        main = source.split("\nBATCH, NHEADS", 1)[1]
         assert ("dst_slots" in main) == config.has_dst
         assert ("seed" in main.replace("manual_seed", "")) == (config.rounding == "stochastic")
         assert ("silu" in main) == config.has_z
