@@ -41,6 +41,7 @@ _FIRST = re.compile(r"v1/[0-9a-f]{2}/([0-9a-f]{64})/([A-Za-z0-9][A-Za-z0-9._+-]*
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
+_CHUNK = 1 << 16
 
 
 def export(artifacts: Iterable[Artifact], path: Path, *, sign: Path | None = None) -> int:
@@ -222,19 +223,19 @@ class _Taker:
 
     def finish(self) -> None:
         """Raise if there is anything more, packed or not."""
-        more = self._some(1) or self._packed or self._file.read(1)
-        if self._gzip is not None:
+        more = self._some(1)
+        if not more and self._gzip is not None:
             if not self._gzip.eof:
                 raise StoreError("cut short")
-            more = more or self._gzip.unused_data
-        if more:
+            more = self._gzip.unused_data
+        if more or self._file.read(1):
             raise StoreError("more bytes after the end")
 
     def _some(self, size: int) -> bytes:
         if self._gzip is None:
             return self._file.read(size)
         while not self._gzip.eof:
-            packed = self._packed or self._file.read(1 << 16)
+            packed = self._packed or self._file.read(_CHUNK)
             try:
                 part = self._gzip.decompress(packed, size)
             except zlib.error as error:
