@@ -172,8 +172,11 @@ def test_only_what_the_store_lacks_or_cannot_verify_is_compiled(here: list[Kerne
         path.unlink()
     gone.rmdir()
     here.clear()
-    report = run()
+    events: list[prewarm.Event] = []
+    report = run(progress=events.append)
     assert sorted(here, key=CONFIGS.index) == CONFIGS[:2]
+    asked = [event.job.config for event in events if event.stage == "submitted"]
+    assert asked == CONFIGS[:2]
     assert (len(report.built), len(report.present)) == (2, len(JOBS) - 2)
     assert in_store() == wanted()
 
