@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..errors import SsmgenError
-from . import demo, render
+from . import cache, demo, doctor, prewarm, render
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(render.render)
+app.command()(prewarm.prewarm)
+app.add_typer(cache.app, name="cache")
+app.command()(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -43,7 +46,9 @@ def _root(
     """Decode kernels for state-space models: generated from templates, compiled on any machine
     with or without a GPU, cached on disk.
 
-    Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config.
+    Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config,
+    **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in it,
+    **ssmgen doctor** says what is wrong with this host.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
