@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -207,7 +208,8 @@ def _remove(own: Store, going: Iterable[Usage]) -> tuple[list[Usage], list[str]]
     gone, problems = [], []
     for entry in going:
         try:
-            evict.remove(own, entry.key, entry.toolchain)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                evict.remove(own, entry.key, entry.toolchain)
             gone.append(entry)
         except OSError as error:
             problems.append(f"{own.entry(entry.key, entry.toolchain)}: {error.strerror}")

@@ -268,7 +268,10 @@ def _signed_by(file: IO[bytes], signature: Path, signers: Path, signer: str | No
             raise StoreError(f"the signature cannot be checked: there is no file {needed}")
     given = ("-s", str(signature), "-f", str(signers))
     if signer is None:
-        known = _ssh_keygen("find-principals", *given).decode().splitlines()
+        try:
+            known = _ssh_keygen("find-principals", *given).decode().splitlines()
+        except _Refused as error:
+            raise _Refused(f"{signature} is no signature by one of {signers}: {error}") from None
     else:
         known = [signer]
     for who in known:

@@ -18,11 +18,13 @@ __all__ = ["fault", "peek"]
 def peek(store: Store, key: str, toolchain: str) -> Artifact:
     """The verified entry. Raises `StoreError` saying what is wrong with it."""
     folder = store.entry(key, toolchain)
-    try:
-        contents = {name: _read(folder / name) for name in ("manifest.json", *FILES)}
-    except OSError as error:
-        where = Path(error.filename).name if folder.is_dir() else "entry"
-        raise StoreError(f"{where}: {error.strerror}") from None
+    contents = {}
+    for name in ("manifest.json", *FILES):
+        try:
+            contents[name] = _read(folder / name)
+        except OSError as error:
+            what = name if folder.is_dir() else "entry"
+            raise StoreError(f"{what}: {error.strerror}") from None
     return Artifact.verify(key, toolchain, contents, ABI_VERSION)
 
 
@@ -41,10 +43,13 @@ def _read(path: Path) -> bytes:
         handle = os.open(path, flags | os.O_NOATIME)
     except PermissionError:  # only its owner may look at a file and leave no trace
         handle = os.open(path, flags)
-    with open(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise StoreError(f"{path.name}: not a regular file")
         if found.st_size > MAX_FILE:
             raise StoreError(f"{path.name}: {found.st_size} bytes, more than any kernel has")
-        return file.read(MAX_FILE + 1)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size + 1)
+    finally:
+        os.close(handle)
