@@ -18,7 +18,7 @@ from .families.base import Layout
 from .launcher import Function, Launch, enter, load
 from .plan import Choice, Plan, dispatch
 from .settings import settings
-from .store import evict, find, user_store
+from .store import find, user_store
 from .template import key
 
 __all__ = ["Kernel", "Variant", "build", "get_kernel"]
@@ -55,6 +55,8 @@ def build(config: KernelConfig, plan: Plan, arch: Arch) -> Artifact:
     own = user_store()
     if own is None:
         return _compile(config, plan, arch)
+    from .store import evict
+
     with own.claim(f"{wanted}.{toolchain}"):
         if found := own.get(wanted, toolchain):
             return found

@@ -74,7 +74,7 @@ def surplus(entries: list[Usage], cap: int | None) -> list[Usage]:
 def remove(store: Store, key: str, toolchain: str) -> None:
     """Take one entry out: gone at once for new readers, whole to the end for present ones."""
     away = store.base / "stage" / uuid.uuid4().hex
-    away.parent.mkdir(parents=True, exist_ok=True)
+    store.make(away.parent)
     store.entry(key, toolchain).rename(away)
     shutil.rmtree(away)
     for empty in (store.entry(key, toolchain).parent, store.base / key[:2]):
@@ -88,13 +88,13 @@ def sweep(store: Store) -> list[Path]:
     if not store.base.is_dir():
         return []
     probe = store.base / "stage" / f"{uuid.uuid4().hex}.now"
-    probe.parent.mkdir(parents=True, exist_ok=True)
+    store.make(probe.parent)
     probe.touch()
     now = probe.stat().st_mtime
     probe.unlink()
     stale = []
-    for folder in ("stage", "bad", "locks"):
-        for path in sorted((store.base / folder).glob("*")):
+    for pattern in ("stage/*", "bad/*", "bad.*", "locks/*"):
+        for path in sorted(store.base.glob(pattern)):
             with contextlib.suppress(OSError):
                 if now - path.lstat().st_mtime > STALE_SECONDS:
                     stale.append(path)
@@ -111,11 +111,12 @@ def keep_small(store: Store) -> None:
     cap = settings().cache_size
     if cap is None or _published % SCAN_EVERY != 1:
         return
-    for entry in surplus(usage(store), cap):
-        try:
-            remove(store, entry.key, entry.toolchain)
-        except OSError as error:
-            report(f"cannot evict from {store.root}: {error}")
+    try:
+        for entry in surplus(usage(store), cap):
+            with contextlib.suppress(FileNotFoundError):  # another process evicts too
+                remove(store, entry.key, entry.toolchain)
+    except OSError as error:
+        report(f"cannot evict from {store.root}: {error}")
 
 
 def pinned(store: Store) -> Collection[str]:
@@ -129,8 +130,8 @@ def pinned(store: Store) -> Collection[str]:
 def pin(store: Store, key: str) -> None:
     """Never evict the entries of `key`."""
     folder = store.base / "pins"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / key).touch()
+    store.make(folder)
+    (folder / key).touch(mode=0o644)
 
 
 def unpin(store: Store, key: str) -> None:

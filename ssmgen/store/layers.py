@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,16 +90,22 @@ def refusal(store: Store) -> str | None:
     for folder in (store.root, store.base):
         try:
             mode = folder.stat().st_mode
-            read_only = mode & 0o022 and os.statvfs(folder).f_flag & os.ST_RDONLY
         except OSError:
             return None
-        if mode & 0o022 and not read_only:
+        if mode & 0o022 and not _read_only(folder):
             who = "everyone" if mode & 0o002 else "its group"
             return (
-                f"{who} may write to {folder} (mode {stat.S_IMODE(mode):o}); chmod go-w {folder}, "
-                f"or list {store.root} in SSMGEN_CACHE_TRUST"
+                f"{who} may write to {folder} (mode {stat.S_IMODE(mode):o}); chmod -R go-w "
+                f"{shlex.quote(str(store.root))}, or list {store.root} in SSMGEN_CACHE_TRUST"
             )
     return None
+
+
+def _read_only(folder: Path) -> bool:
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def _trusted(store: Store) -> bool:
@@ -110,15 +117,22 @@ def _trusted(store: Store) -> bool:
 
 @functools.cache
 def _wheels() -> tuple[Path, ...]:
-    """Folders of the packages that the entry points name; no package is imported."""
+    """Folders of the packages that the entry points name (``package.folder:folder``); no package
+    is imported, and none that is broken costs more than a warning."""
     roots = []
-    for point in importlib.metadata.entry_points(group="ssmgen.stores"):
+    try:
+        points = list(importlib.metadata.entry_points(group="ssmgen.stores"))
+    except Exception as error:  # any distribution on the path may be damaged
+        report(f"entry points of ssmgen.stores cannot be read: {type(error).__name__}: {error}")
+        points = []
+    for point in points:
         try:
-            found = importlib.util.find_spec(point.module)
-        except (ImportError, ValueError):
-            found = None
-        places = list(found.submodule_search_locations or ()) if found else []
+            package, *below = f"{point.module}.{point.attr or ''}".strip(".").split(".")
+            found = importlib.util.find_spec(package)
+            places = list(found.submodule_search_locations or ()) if found else []
+        except Exception:  # no valid name, or whatever a finder may raise
+            places = []
         if not places:
-            report(f"entry point {point.name} of ssmgen.stores: no package {point.module}")
-        roots += [Path(place, *filter(None, point.attr.split("."))) for place in places]
+            report(f"entry point {point.name} of ssmgen.stores: no package at {point.value!r}")
+        roots += [Path(place, *below) for place in places]
     return tuple(sorted(roots))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import os
@@ -19,8 +20,9 @@ import re
 import resource
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..artifact import FILES, Artifact
@@ -33,6 +35,16 @@ log = logging.getLogger("ssmgen")
 
 # A kernel is some 30 kB; nothing that is read or unpacked may be larger than this.
 MAX_FILE = 64 << 20
+
+# A lock that is held for longer is not waited for.
+LOCK_SECONDS = 120.0
+
+# What renaming a folder onto something that is there can say.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+# What opening something that is no file can say.
+_NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+# What a filesystem says that cannot sync a folder.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @functools.cache
@@ -83,7 +95,7 @@ class Store:
             except StoreError as error:
                 self._set_aside(folder, str(error))
             except OSError as error:  # not the entry's fault: no right, no handles, a stale mount
-                report(f"cannot read {folder}: {error}")
+                report(f"cannot read {folder}: {error}; passed over, and left as it is")
         return None
 
     def fault(self, key: str, toolchain: str) -> str | None:
@@ -108,14 +120,13 @@ class Store:
         target = self.entry(key, toolchain)
         stage = self.base / "stage" / uuid.uuid4().hex
         try:
-            self._make(stage)
+            self.make(stage)
             for name, data in artifact.contents().items():
-                with open(stage / name, "wb") as file:
+                with open(stage / name, "xb", opener=_ours) as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
             _sync(stage)
-            self._make(target.parent)
             # Twice: what stood there may have been bad, and `get` has set it aside then.
             if self._publish(stage, target) or (
                 self.get(key, toolchain) is None and self._publish(stage, target)
@@ -131,68 +142,75 @@ class Store:
 
     def _publish(self, stage: Path, target: Path) -> bool:
         """Rename into place; False if something is there already, seen from this host or not."""
-        try:
-            stage.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        patience = 8
+        while True:
+            try:
+                self.make(target.parent)
+                stage.rename(target)
+                return True
+            except FileNotFoundError:  # an evictor took the empty parent in between
+                patience -= 1
+                if not patience or not stage.is_dir():
+                    raise
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    return False
                 raise
-            return False
-        return True
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[None]:
         """Hold the lock of `name`, to save a second compilation. Never needed to be correct."""
-        import filelock
-
         path = self.base / "locks" / f"{name}.lock"
-        lock = None
+        handle = -1
         try:
-            self._make(path.parent)
-            lock = filelock.FileLock(path, timeout=120)
-            lock.acquire()
-        except (OSError, NotImplementedError, filelock.Timeout) as error:
-            report(f"no lock at {path} ({error}); another process may compile the same")
-            lock = None
-        try:
+            try:
+                self.make(path.parent)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+                _lock(handle)
+            except OSError as error:
+                report(f"no lock at {path} ({error}); another process may compile the same")
             yield
         finally:
-            if lock is not None:
-                lock.release()
+            if handle >= 0:
+                with contextlib.suppress(OSError):  # closing is not enough: a fork has it too
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+                os.close(handle)
 
     def _set_aside(self, thing: Path, why: str) -> None:
         report(f"bad entry {thing}: {why}")
         if self.writable:
             with contextlib.suppress(OSError):
-                aside = self._move_away(thing)
-                # Another process may have published a good one before our rename: put it back.
-                if _fault(aside, thing) is None:
-                    aside.rename(thing)
+                self._move_away(thing, lambda aside: _fault(aside, thing) is None)
 
-    def _move_away(self, thing: Path) -> Path:
-        """Rename a thing that must not be where it is; nothing is deleted."""
+    def _move_away(self, thing: Path, good: Callable[[Path], bool]) -> None:
+        """Rename a thing that must not be where it is; nothing is deleted.
+
+        Another process may have put a good one there before our rename: that goes back.
+        """
         bad = self.base / "bad"
         if not bad.is_dir() and os.path.lexists(bad):
             bad.rename(self.base / f"bad.{uuid.uuid4().hex}")
-        self._make(bad)
+        self.make(bad)
         aside = bad / f"{thing.parent.name}.{thing.name}.{uuid.uuid4().hex}"
         thing.rename(aside)
-        return aside
+        with contextlib.suppress(OSError):
+            if good(aside):
+                aside.rename(thing)
+            else:
+                os.utime(aside, follow_symlinks=False)  # `sweep` counts from now
 
-    def _make(self, folder: Path) -> None:
-        """Make a folder at or below `base` that none but its owner may write to.
+    def make(self, folder: Path) -> None:
+        """Make a folder, and those above it, that none but its owner may write to.
 
         Something else in its way, below `base`, is set aside.
         """
         if folder.is_dir():
             return
-        if folder == self.base:
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-            self.root.mkdir(mode=0o755, exist_ok=True)
-        else:
-            self._make(folder.parent)
-            if os.path.lexists(folder) and not folder.is_dir():
-                report(f"{folder}: not a folder; set aside")
-                self._move_away(folder)
+        self.make(folder.parent)
+        if self.base in folder.parents and os.path.lexists(folder) and not folder.is_dir():
+            report(f"{folder}: not a folder; set aside")
+            with contextlib.suppress(FileNotFoundError):
+                self._move_away(folder, Path.is_dir)
         folder.mkdir(mode=0o755, exist_ok=True)
 
 
@@ -246,13 +264,17 @@ def _load(folder: Path, entry: Path | None = None) -> Artifact:
     entry = entry or folder
     try:
         hold = Hold(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-    except NotADirectoryError:
-        if os.path.lexists(folder):
-            raise StoreError("not a folder") from None
-        raise FileNotFoundError(folder) from None
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, *_NO_FILE):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise StoreError("not a folder") from None
+            raise FileNotFoundError(folder) from None
+        raise
     try:
         contents = {name: _read(name, hold.handle) for name in ("manifest.json", *FILES)}
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         if not _same(folder, hold.handle):  # it was replaced or evicted while we read
             raise FileNotFoundError(folder) from None
         raise StoreError(f"{error.filename}: {error.strerror}") from None
@@ -262,13 +284,34 @@ def _load(folder: Path, entry: Path | None = None) -> Artifact:
 
 def _read(name: str, folder: int) -> bytes:
     """A regular file of sane size; a pipe or a device does not block us."""
-    with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
-        found = os.fstat(file.fileno())
+    handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise StoreError(f"{name}: not a regular file")
         if found.st_size > MAX_FILE:
             raise StoreError(f"{name}: {found.st_size} bytes, more than any kernel has")
-        return file.read(MAX_FILE + 1)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size + 1)
+    finally:
+        os.close(handle)
+
+
+def _ours(path: str, flags: int) -> int:
+    """Open a new file that none but its owner may write to, whatever the umask."""
+    return os.open(path, flags, 0o644)
+
+
+def _lock(handle: int) -> None:
+    """Raises OSError if the lock is not to be had."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise TimeoutError(f"held for more than {LOCK_SECONDS:.0f} s") from None
+            time.sleep(0.05)
 
 
 def _same(folder: Path, handle: int) -> bool:
@@ -292,5 +335,8 @@ def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(handle)

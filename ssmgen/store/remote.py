@@ -12,6 +12,7 @@ from typing import Any
 from ..artifact import FILES, Artifact
 from ..errors import ConfigError, StoreError
 from ..template import ABI_VERSION
+from . import evict
 from .local import MAX_FILE, Store, newest_first, report
 
 __all__ = ["Remote"]
@@ -33,11 +34,18 @@ class Remote:
                 f"SSMGEN_CACHE_REMOTE: {url!r} needs fsspec; pip install 'ssmgen[remote]'"
             ) from None
         try:
-            self.files, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
+            fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+        except (ImportError, ValueError) as error:
             raise ConfigError(f"SSMGEN_CACHE_REMOTE: {url!r}: {error}") from None
         self.url = url
         self._silent_until = 0.0
+
+    @functools.cached_property
+    def _place(self) -> tuple[Any, str]:
+        """The filesystem and the root on it. It may connect."""
+        import fsspec
+
+        return fsspec.core.url_to_fs(self.url)
 
     @staticmethod
     @functools.cache
@@ -58,18 +66,21 @@ class Remote:
                     if into is not None:
                         _keep(into, found)
                     return found
+        except PermissionError as error:  # how a bucket that may not be listed says: not there
+            report(f"remote store {self.url}: {error or 'no permission'}")
         except Exception as error:  # whatever the filesystem behind fsspec may raise
             self._silent_until = time.monotonic() + PAUSE_SECONDS
             report(f"remote store {self.url}: {type(error).__name__}: {error}")
         return None
 
     def _path(self, *parts: str) -> str:
-        return "/".join((self.root.rstrip("/"), "v1", *parts))
+        return "/".join((self._place[1].rstrip("/"), "v1", *parts))
 
     def _toolchains(self, key: str) -> list[str]:
+        files, _ = self._place
         try:
-            self.files.invalidate_cache()
-            listed = self.files.ls(self._path(key[:2], key), detail=False)
+            files.invalidate_cache()
+            listed = files.ls(self._path(key[:2], key), detail=False)
         except FileNotFoundError:
             return []
         return newest_first(path.rstrip("/").rsplit("/", 1)[-1] for path in listed)
@@ -78,7 +89,10 @@ class Remote:
         where = self._path(key[:2], key, toolchain)
         try:
             contents = {name: self._read(f"{where}/{name}") for name in ("manifest.json", *FILES)}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except IsADirectoryError as error:
+            report(f"bad entry {self.url} {key}/{toolchain}: {error}")
             return None
         try:
             return Artifact.verify(key, toolchain, contents, ABI_VERSION)
@@ -87,7 +101,7 @@ class Remote:
             return None
 
     def _read(self, path: str) -> bytes:
-        with self.files.open(path, "rb", cache_type="readahead") as file:
+        with self._place[0].open(path, "rb", cache_type="readahead") as file:
             data: Any = file.read(MAX_FILE + 1)
         return bytes(data)
 
@@ -97,3 +111,5 @@ def _keep(store: Store, artifact: Artifact) -> None:
         store.put(artifact)
     except StoreError as error:
         report(f"{error}; the kernel is used from memory")
+    else:
+        evict.keep_small(store)
