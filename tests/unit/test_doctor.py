@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from artifacts import artifact, compiled, snapshot
 from typer.testing import CliRunner
 
 from ssmgen import compiler, policy
 from ssmgen.arch import Arch
-from ssmgen.cli import doctor as doctors
-from ssmgen.cli.doctor import doctor, examine
+from ssmgen.cli import app, probes
+from ssmgen.cli.doctor import PROBES, examine
 from ssmgen.cli.mounts import mount_of, nearest
 from ssmgen.errors import CompileError
 from ssmgen.settings import VARIABLES
 from ssmgen.store import Store
-
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(doctor)
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +64,11 @@ def test_a_healthy_machine_has_no_problem_and_its_store_is_as_before(store_dir):
 
 
 def test_the_command_exits_by_the_verdict_and_prints_one_json_object(monkeypatch):
-    result = CliRunner().invoke(app, ["--json"])
+    result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ok"] is True
     monkeypatch.setenv("SSMGEN_JIT", "maybe")
-    result = CliRunner().invoke(app, ["--json"])
+    result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["ok"] is False
 
@@ -78,7 +76,7 @@ def test_the_command_exits_by_the_verdict_and_prints_one_json_object(monkeypatch
 def test_what_people_read_has_every_finding(monkeypatch, store_dir):
     monkeypatch.setenv("SSMGEN_CACHE_PATH", "/no/such/store")
     report = examine()
-    text = CliRunner().invoke(app, []).stdout
+    text = CliRunner().invoke(app, ["doctor"]).stdout
     for finding in report["findings"]:
         if "round trip" not in finding["what"]:  # which has its times
             assert finding["what"] in text
@@ -91,29 +89,29 @@ def test_no_probe_stops_the_next(monkeypatch):
     def broken(facts, note):
         raise ZeroDivisionError("nothing works")
 
-    for name in doctors.PROBES:
+    for name in PROBES:
         with monkeypatch.context() as patch:
-            patch.setitem(doctors.PROBES, name, broken)
+            patch.setitem(PROBES, name, broken)
             report = examine()
         assert f"{name.replace('_', ' ')}: ZeroDivisionError: nothing works" in problems(report)
-        assert set(report) >= set(doctors.PROBES)
-        assert CliRunner().invoke(app, []).exception is None
+        assert set(report) >= set(PROBES)
+        assert CliRunner().invoke(app, ["doctor"]).exception is None
     with monkeypatch.context() as patch:
-        for name in doctors.PROBES:
-            patch.setitem(doctors.PROBES, name, broken)
+        for name in PROBES:
+            patch.setitem(PROBES, name, broken)
         assert len(problems(examine())) >= 3
-        result = CliRunner().invoke(app, [])
+        result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
 
 
 def test_what_is_logged_or_warned_about_is_a_note_and_nothing_else(monkeypatch, caplog):
     def uneasy(facts, note):
-        doctors.logging.getLogger("ssmgen").warning("entry point of %s is broken", "a wheel")
+        logging.getLogger("ssmgen").warning("entry point of %s is broken", "a wheel")
         warnings.warn("the driver is old", UserWarning, stacklevel=1)
 
-    monkeypatch.setitem(doctors.PROBES, "policy", uneasy)
-    monkeypatch.delitem(doctors.PROBES, "round_trip")
+    monkeypatch.setitem(PROBES, "policy", uneasy)
+    monkeypatch.delitem(PROBES, "round_trip")
     report = examine()
     assert said(report, "note", "entry point of a wheel is broken")
     assert said(report, "note", "the driver is old")
@@ -148,15 +146,19 @@ def test_passwords_are_not_shown(monkeypatch):
 # Without this and that
 
 
-def test_without_triton_kernels_come_from_the_stores(monkeypatch, store_dir):
+def without(monkeypatch, package):
     real = importlib.metadata.version
 
     def version(name):
-        if name == "triton":
+        if name == package:
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_without_triton_kernels_come_from_the_stores(monkeypatch, store_dir):
+    without(monkeypatch, "triton")
     report = examine()
     assert said(report, "note", "no Triton: nothing can be compiled here")
     assert problems(report) == ["there is no Triton, and no store has a kernel: none can be had"]
@@ -211,20 +213,39 @@ def test_a_gpu_that_torch_does_not_see_is_a_problem(monkeypatch):
     assert said(report, "problem", "/dev/nvidia0 is here") == ["install a CUDA build of torch"]
 
 
-@pytest.mark.parametrize(("arch", "level"), [("sm_90", "ok"), ("sm_120", "note")])
-def test_a_gpu_is_told_whether_its_table_is_measured(monkeypatch, arch, level):
+@pytest.fixture
+def gpu(monkeypatch):
     class Properties:
         name, total_memory = "A GPU", 80 << 30
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.delitem(PROBES, "round_trip")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("arch", "level"), [("sm_90", "ok"), ("sm_120", "note")])
+def test_a_gpu_is_told_whether_its_table_is_measured(monkeypatch, arch, level):
     monkeypatch.setattr(Arch, "detect", lambda index: Arch.of(arch))
-    monkeypatch.delitem(doctors.PROBES, "round_trip")
     report = examine()
-    assert report["gpus"][0]["measured"] == {"ssu": level == "ok"}
-    assert said(report, level, "dispatch table")
+    assert report["gpus"][0]["measured"]["ssu"] == (level == "ok")
+    assert said(report, level, "ssu has ")
     assert problems(report) == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_is_not_supported_is_a_problem(monkeypatch):
+    monkeypatch.setattr("ssmgen.arch._capability", lambda device: (7, 5))
+    (problem,) = problems(examine())
+    assert "A GPU: arch: compute capability 7.5 is not supported" in problem
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_without_cuda_bindings_is_a_problem(monkeypatch):
+    monkeypatch.setattr(Arch, "detect", lambda index: Arch.of("sm_90"))
+    without(monkeypatch, "cuda-bindings")
+    assert said(examine(), "problem", "no cuda-bindings") == ["pip install 'ssmgen[cuda]'"]
 
 
 # Roots
@@ -298,6 +319,11 @@ def test_bad_entries_that_were_set_aside_are_counted(store_dir):
     assert said(report, "note", "1 bad entries")
 
 
+def test_little_room_is_noted(monkeypatch, store_dir):
+    monkeypatch.setattr(probes, "LITTLE_SPACE", 1 << 62)
+    assert said(examine(), "note", f"{store_dir}: ") == ["make room: ssmgen cache gc"]
+
+
 # The remote
 
 
@@ -324,9 +350,9 @@ def test_a_remote_that_is_silent_is_not_waited_for(monkeypatch):
     import threading
 
     monkeypatch.setenv("SSMGEN_CACHE_REMOTE", "memory://kernels")
-    monkeypatch.setattr(doctors, "REMOTE_SECONDS", 0.05)
+    monkeypatch.setattr(probes, "REMOTE_SECONDS", 0.05)
     released = threading.Event()
-    monkeypatch.setattr(doctors, "_ask", lambda url: released.wait(30))
+    monkeypatch.setattr(probes, "_ask", lambda url: released.wait(30))
     report = examine()
     released.set()
     assert any("silent for 0.05 s" in problem for problem in problems(report))
@@ -357,8 +383,14 @@ def test_the_round_trip_is_on_the_filesystem_of_the_store(monkeypatch, store_dir
     examine()
     assert nearest(places[0].parent.parent) == store_dir.parent
     assert not places[0].exists()
-    real = os.access
-    monkeypatch.setattr(os, "access", lambda p, m: Path(p) != store_dir.parent and real(p, m))
+    real = tempfile.TemporaryDirectory
+
+    def refused(dir=None, **options):
+        if dir == store_dir.parent:
+            raise PermissionError(13, "Permission denied")
+        return real(dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
     report = examine()
     assert not places[1].is_relative_to(store_dir.parent)
     assert said(report, "note", f"nothing can be written beside {store_dir}")
@@ -423,7 +455,7 @@ def test_the_mount_of_a_path(path, point, kind, traits):
 )
 def test_what_a_mount_means_for_the_store_is_said(monkeypatch, kind, options, words):
     line = f"1 1 0:1 / / {options} - {kind} source {options}"
-    monkeypatch.setattr(doctors, "mount_of", lambda path: mount_of(path, line))
+    monkeypatch.setattr(probes, "mount_of", lambda path: mount_of(path, line))
     report = examine()
     assert said(report, "note", words)
     assert problems(report) == []
