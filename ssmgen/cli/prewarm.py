@@ -292,7 +292,6 @@ class _View:
 
         now = time.perf_counter()
         done = sum(self.count.values())
-        # A dict keeps the order of insertion: a re-submitted or published kernel keeps its place.
         compiled = self.count["built"] + self.count["failed"]
         rate = compiled / (now - self.start) if compiled else 0.0
         left = f"{(self.total - done) / rate:.0f} s left" if rate else "starting"
@@ -305,6 +304,8 @@ class _View:
             *(f"{n} {stage}" for stage, n in self.count.items() if n),
         )
         work = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            work.add_column(no_wrap=True)
         for job, (stage, since) in list(self.working.items()):
             work.add_row(f"  {stage}", f"{now - since:.1f} s", Text(str(job)))
         failures = (Text(line, style="bold red") for line in self.failures[-5:])
