@@ -76,7 +76,7 @@ def task_that_kills_once(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def slow_task(task: dict[str, Any]) -> dict[str, Any]:
-    time.sleep(0.2)
+    time.sleep(0.4)
     return task_fake(task)
 
 
