@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..settings import settings
-from .local import Store, report
+from .local import Store, move, report
 
 __all__ = ["Usage", "keep_small", "pin", "pinned", "remove", "surplus", "sweep", "unpin", "usage"]
 
@@ -75,7 +75,7 @@ def remove(store: Store, key: str, toolchain: str) -> None:
     """Take one entry out: gone at once for new readers, whole to the end for present ones."""
     away = store.base / "stage" / uuid.uuid4().hex
     store.make(away.parent)
-    store.entry(key, toolchain).rename(away)
+    move(store.entry(key, toolchain), away)
     shutil.rmtree(away)
     for empty in (store.entry(key, toolchain).parent, store.base / key[:2]):
         with contextlib.suppress(OSError):

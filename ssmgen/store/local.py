@@ -29,7 +29,7 @@ from ..artifact import FILES, Artifact
 from ..errors import StoreError
 from ..template import ABI_VERSION
 
-__all__ = ["MAX_FILE", "Store", "newest_first", "report"]
+__all__ = ["MAX_FILE", "Store", "move", "newest_first", "report"]
 
 log = logging.getLogger("ssmgen")
 
@@ -192,7 +192,7 @@ class Store:
             bad.rename(self.base / f"bad.{uuid.uuid4().hex}")
         self.make(bad)
         aside = bad / f"{thing.parent.name}.{thing.name}.{uuid.uuid4().hex}"
-        thing.rename(aside)
+        move(thing, aside)
         with contextlib.suppress(OSError):
             if good(aside):
                 aside.rename(thing)
@@ -244,6 +244,21 @@ class Hold:
 
     def __reduce__(self) -> tuple[type[Hold], tuple[int]]:
         return Hold, (-1,)
+
+
+def move(thing: Path, to: Path) -> None:
+    """Rename; file by file where an overlay (a container over its image) renames no folder."""
+    try:
+        thing.rename(to)
+    except OSError as error:
+        if error.errno != errno.EXDEV or not thing.is_dir():
+            raise
+        to.mkdir(mode=0o755)
+        for path in sorted(
+            thing.iterdir(), reverse=True
+        ):  # what is left is no entry from the first
+            path.rename(to / path.name)
+        thing.rmdir()
 
 
 def newest_first(toolchains: Iterable[str]) -> list[str]:

@@ -701,6 +701,37 @@ def test_a_file_that_may_not_grow_costs_the_store_not_the_kernel(
     assert same(store.get(BUILT.manifest["key"], TOOLCHAIN), BUILT)
 
 
+@needs_mounts
+def test_a_store_that_came_with_an_image_is_mended_and_evicted_in_a_container(filled, tmp_path):
+    filled.put(TWO)
+    (entry(filled) / "kernel.cubin").write_bytes(b"")
+    before = snapshot(filled.root)
+    upper, work, merged = (tmp_path / name for name in ("upper", "work", "merged"))
+    for folder in (upper, work, merged):
+        folder.mkdir()
+    overlay = f"lowerdir={filled.root},upperdir={upper},workdir={work},userxattr"
+    mount = f"mount -t overlay overlay -o {overlay} {merged}"
+    if subprocess.run((*mounted(mount), "true"), capture_output=True, check=False).returncode:
+        pytest.skip("no overlays here")
+    code = """
+        import sys
+        from pathlib import Path
+        from artifacts import artifact
+        from ssmgen.store import Store, evict
+        store, one, two = Store(Path(sys.argv[1])), artifact("one"), artifact("two")
+        key = one.manifest["key"]
+        assert store.get(key, "triton-0") is None
+        assert len(list((store.base / "bad").iterdir())) == 1
+        store.put(one)
+        assert store.get(key, "triton-0").contents() == one.contents()
+        evict.remove(store, two.manifest["key"], "triton-0")
+        assert [found for found, _ in store.names()] == [key]
+        assert not list((store.base / "stage").iterdir())
+    """
+    python(code, merged, wrap=mounted(mount))
+    assert snapshot(filled.root) == before
+
+
 @pytest.mark.parametrize("home", ["", "/dev/null", "/proc/nowhere", None])
 def test_without_a_home_a_kernel_lives_in_memory(home, tmp_path):
     code = """
@@ -790,8 +821,9 @@ def test_locks_that_do_nothing_cost_time_only(log_of_compilations, store_dir, mo
 
 def test_a_lock_that_is_never_let_go_is_not_waited_for_forever(store, monkeypatch, caplog):
     monkeypatch.setattr(local, "LOCK_SECONDS", 0.2)
+    start = time.monotonic()
     with store.claim(KEY), store.claim(KEY):
-        pass
+        assert 0.2 < time.monotonic() - start < 3
     assert "held for more than" in caplog.text
 
 
