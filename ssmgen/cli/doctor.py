@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from . import probes
-from .probes import Facts, Note, size_text
+from .probes import Facts, Note, hidden, size_text
 from .roundtrip import round_trip
 
 __all__ = ["doctor", "examine"]
@@ -57,7 +57,7 @@ def examine() -> Facts:
     findings: list[dict[str, str]] = []
 
     def note(level: str, what: str, todo: str = "") -> None:
-        finding = {"level": level, "what": what, "todo": todo}
+        finding = {"level": level, "what": hidden(what), "todo": todo}
         if finding not in findings:
             findings.append(finding)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..arch import Arch
     from ..store import Store
 
-__all__ = ["Facts", "Note", "gpus", "policy", "remote", "roots", "settings", "size_text",
+__all__ = ["Facts", "Note", "gpus", "hidden", "policy", "remote", "roots", "settings", "size_text",
            "versions"]  # fmt: skip
 
 # A remote that takes longer for one small file is of no use to a server that starts.
@@ -155,11 +155,11 @@ def settings(facts: Facts, note: Note) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return _hidden(str(value)) if isinstance(value, (str, Path)) else value
+    return hidden(str(value)) if isinstance(value, (str, Path)) else value
 
 
-def _hidden(url: str) -> str:
-    """Without user and password: a report is there to be shown around."""
+def hidden(url: str) -> str:
+    """A text with no user and password in its URLs: a report is there to be shown around."""
     return re.sub(r"//[^/@]+@", "//...@", url)
 
 
@@ -300,7 +300,7 @@ def remote(facts: Facts, note: Note) -> None:
     far = remote()
     if far is None:
         return
-    url = _hidden(far.url)
+    url = hidden(far.url)
     facts["remote"] = {"url": url, "answers": False}
     answer: list[Exception | bool] = []
     thread = threading.Thread(target=lambda: answer.append(_ask(far.url)), daemon=True)
@@ -310,7 +310,7 @@ def remote(facts: Facts, note: Note) -> None:
     if isinstance(said, Exception):
         note(
             "problem",
-            f"the remote store {url} does not answer: {type(said).__name__}: {_hidden(str(said))}",
+            f"the remote store {url} does not answer: {type(said).__name__}: {said}",
             "look at address, network and credentials, or unset SSMGEN_CACHE_REMOTE",
         )
         return

@@ -138,9 +138,12 @@ def test_an_unknown_variable_is_noted_with_the_one_that_was_meant(monkeypatch):
     assert problems(report) == []
 
 
-def test_passwords_are_not_shown(monkeypatch):
-    monkeypatch.setenv("SSMGEN_CACHE_REMOTE", "memory://user:secret@host/kernels")
-    assert "secret" not in json.dumps(examine())
+@pytest.mark.parametrize("scheme", ["memory", "nosuch", "http"])
+def test_passwords_are_not_shown(monkeypatch, scheme):
+    monkeypatch.setenv("SSMGEN_CACHE_REMOTE", f"{scheme}://user:secret@127.0.0.1:9/kernels")
+    report = examine()
+    assert report["settings"]["SSMGEN_CACHE_REMOTE"]["set"]
+    assert "secret" not in json.dumps(report)
 
 
 # Without this and that
