@@ -39,15 +39,16 @@ def verify(
 
         ssmgen cache verify --repair --json
     """
-    own = own_store() if repair else None
+    if repair:
+        own_store()
     checked, bad = 0, []
     for store in named():
         for key, toolchain in store.names():
             checked += 1
             if wrong := fault(store, key, toolchain):
                 repaired = False
-                if own is not None and store.writable:
-                    store.get(key, toolchain)  # sets it aside
+                if repair:
+                    store.get(key, toolchain)  # sets it aside, in the user store
                     repaired = not os.path.lexists(store.entry(key, toolchain))
                 bad.append({"path": str(store.entry(key, toolchain)), "fault": wrong,
                             "repaired": repaired})  # fmt: skip

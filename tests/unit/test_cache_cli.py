@@ -22,6 +22,7 @@ from ssmgen.errors import StoreError
 from ssmgen.plan import dispatch
 from ssmgen.policy import prewarm_command
 from ssmgen.store import Store, evict, layers
+from ssmgen.store.local import MAX_FILE
 from ssmgen.template import factors, key
 
 SM_90, SM_80 = Arch.of("sm_90"), Arch.of("sm_80")
@@ -327,6 +328,17 @@ def test_why_of_one_key_twice_says_that_it_is_one(own):
     assert "the same kernel" in run("why", keys(CONFIG)[-1], keys(CONFIG)[-1]).stdout
 
 
+def test_why_reads_a_key_from_its_good_entry(own):
+    a, b = keys(CONFIG)[:2]
+    fill(own, CONFIG)
+    fill(own, CONFIG, toolchain="triton-3.5.0")
+    for toolchain in (TOOLCHAIN, "triton-3.5.0"):
+        spoil(own, a, toolchain)
+        if toolchain == TOOLCHAIN:
+            assert report("why", a, b)["differences"] != []
+    assert "bad entry" in run("why", a, b, exit=1).stderr
+
+
 def test_differences_are_empty_only_for_equal_factors():
     a, b = (factors(CONFIG, plan, SM_90) for plan in plans(CONFIG)[:2])
     assert differences(a, a) == []
@@ -430,6 +442,25 @@ def test_why_asks_the_remote_and_keeps_nothing(own, tmp_path, monkeypatch):
     assert not own.root.exists()
 
 
+def test_why_asks_the_remote_for_another_toolchain_under_deny(own, tmp_path, monkeypatch):
+    fill(Store(tmp_path / "far"), CONFIG, toolchain="triton-3.5.0")
+    monkeypatch.setenv("SSMGEN_CACHE_REMOTE", f"file://{tmp_path / 'far'}")
+    assert {plan["outcome"] for plan in why(exit=1)} == {"compile"}
+    monkeypatch.setenv("SSMGEN_JIT", "deny")
+    for plan in why():
+        assert plan["outcome"] == "other toolchain"
+        assert plan["served_by"]["origin"] == "remote"
+
+
+def test_the_nearest_entry_is_a_good_one_of_another_key(own):
+    fill(own, CONFIG, toolchain="triton-3.5.0")
+    for plan in why(exit=1):
+        assert plan["nearest"]["key"] in set(keys(CONFIG)) - {plan["key"]}
+    for name in keys(CONFIG):
+        spoil(own, name, "triton-3.5.0")
+    assert {plan["nearest"] for plan in why(OTHER, exit=1)} == {None}
+
+
 @pytest.mark.parametrize("jit", ["allow", "deny"])
 @pytest.mark.parametrize("spoilt", [False, True])
 @pytest.mark.parametrize("toolchain", [TOOLCHAIN, "triton-3.5.0", None])
@@ -495,6 +526,25 @@ def test_verify_repair_sets_bad_entries_of_the_user_store_aside(name, how, own):
     assert report("verify", "--repair")["bad"][0]["repaired"]
     assert not path.parent.exists()
     assert len(list((own.base / "bad").iterdir())) == 1
+    assert report("verify")["bad"] == []
+
+
+def test_a_file_larger_than_any_kernel_is_bad_and_not_read(own):
+    fill(own, CONFIG)
+    os.truncate(own.entry(keys(CONFIG)[0], TOOLCHAIN) / "source.py", MAX_FILE + 1)
+    assert "more than any kernel" in report("verify", exit=1)["bad"][0]["fault"]
+
+
+def test_entries_of_another_user_can_be_looked_at(own, monkeypatch):
+    fill(own, CONFIG)
+    real = os.open
+
+    def refuse(path, flags, *arguments, **options):
+        if flags & os.O_NOATIME:
+            raise PermissionError(1, "Operation not permitted", path)
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
     assert report("verify")["bad"] == []
 
 
@@ -572,6 +622,50 @@ def test_gc_deletes_what_killed_processes_left_but_nothing_fresh(own):
     assert (own.base / "bad" / "old").exists()
     assert "left behind" in run("gc").stdout
     assert sorted(p.name for p in own.base.glob("*/*")) == ["fresh", "fresh"]
+
+
+def test_gc_deletes_a_link_and_not_what_it_leads_to(own, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    own.make(own.base / "bad")
+    link = own.base / "bad" / "link"
+    link.symlink_to(tmp_path / "precious")
+    os.utime(link, (1000, 1000), follow_symlinks=False)
+    assert report("gc")["problems"] == []
+    assert not os.path.lexists(link)
+    assert (tmp_path / "precious" / "file").exists()
+
+
+@pytest.mark.parametrize("command", [["gc", "--size", "1B"], ["clear", "--yes"]])
+def test_what_cannot_be_removed_is_a_problem_and_stays(command, aged, monkeypatch):
+    def refuse(store, name, toolchain):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(evict, "remove", refuse)
+    done = report(*command, exit=1)
+    assert done["removed"] == []
+    assert len(done["kept"]) == len(done["problems"]) == len(aged[1])
+    assert "Permission denied" in done["problems"][0]
+    assert "Permission denied" in run(*command, exit=1).stderr
+
+
+def test_what_another_process_removed_first_is_no_problem(aged, monkeypatch):
+    remove = evict.remove
+
+    def twice(*arguments):
+        remove(*arguments)
+        remove(*arguments)
+
+    monkeypatch.setattr(evict, "remove", twice)
+    assert len(report("clear", "--yes")["removed"]) == len(aged[1])
+
+
+def test_gc_of_a_store_on_a_read_only_disk_says_so(own, monkeypatch):
+    def refuse(store):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(evict, "sweep", refuse)
+    assert "Read-only file system" in run("gc", exit=1).stderr
 
 
 # pin
