@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from .config import plain, shown
 from .errors import ConfigError, DeviceError
 
 __all__ = ["KNOWN", "Arch"]
@@ -19,18 +20,20 @@ class Arch:
     cc: int
 
     def __post_init__(self) -> None:
-        if f"sm_{self.cc}" not in KNOWN:
-            raise ConfigError(f"arch: {self.cc!r} is not known; allowed: {', '.join(KNOWN)}")
+        if type(self.cc) is not int or self.cc not in {int(name[3:]) for name in KNOWN}:
+            raise ConfigError(f"arch: {shown(self.cc)} is not known; allowed: {', '.join(KNOWN)}")
 
     @classmethod
     def of(cls, value: Arch | str | int) -> Arch:
         """Parse ``sm_90``, ``90``, ``"9.0"`` or an `Arch`. Raises `ConfigError` if unknown."""
         if isinstance(value, Arch):
             return value
-        text = str(value).removeprefix("sm_").removesuffix("a").replace(".", "")
+        value = plain(value)
+        known = type(value) is str or (type(value) in (int, float) and value < 1000)
+        text = str(value).removeprefix("sm_").removesuffix("a").replace(".", "") if known else ""
         name = f"sm_{text}"
         if name not in KNOWN:
-            raise ConfigError(f"arch: {value!r} is not known; allowed: {', '.join(KNOWN)}")
+            raise ConfigError(f"arch: {shown(value)} is not known; allowed: {', '.join(KNOWN)}")
         return cls(int(text))
 
     @classmethod

@@ -47,8 +47,8 @@ def _root(
     with or without a GPU, cached on disk.
 
     Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config,
-    **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in it,
-    **ssmgen doctor** says what is wrong with this host.
+    **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in
+    it, **ssmgen doctor** says what is wrong with this host.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

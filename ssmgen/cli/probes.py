@@ -171,7 +171,7 @@ def policy(facts: Facts, note: Note) -> None:
         note(
             "note",
             "SSMGEN_JIT=deny: a kernel that is in no store is an error",
-            "put all of them there with ssmgen prewarm, where SSMGEN_JIT=allow",
+            "put all of them there with ssmgen prewarm, which compiles all the same",
         )
 
 

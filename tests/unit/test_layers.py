@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shutil
 import sys
 
 import pytest
@@ -276,6 +277,7 @@ def test_what_we_make_is_writable_for_its_owner_only_whatever_the_umask(
         assert find(KEY, TOOLCHAIN) is None
         store.put(ONE)
         store.put(artifact("two"))
+        shutil.rmtree(store.base / "stage")
         evict.remove(store, artifact("two").manifest["key"], TOOLCHAIN)
         again = Store(tmp_path / "newer" / "store")
         evict.pin(again, KEY)
