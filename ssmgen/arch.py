@@ -29,7 +29,7 @@ class Arch:
         if isinstance(value, Arch):
             return value
         value = plain(value)
-        known = type(value) is str or (type(value) in (int, float) and value < 1000)
+        known = isinstance(value, str) or (isinstance(value, (int, float)) and value < 1000)
         text = str(value).removeprefix("sm_").removesuffix("a").replace(".", "") if known else ""
         name = f"sm_{text}"
         if name not in KNOWN:

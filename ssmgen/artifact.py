@@ -81,11 +81,27 @@ class Artifact:
                 raise StoreError("manifest.json: its factors do not hash to its key")
             if manifest["factors"]["abi"] != abi:
                 raise StoreError(f"manifest.json: ABI {manifest['factors']['abi']}, not {abi}")
+            if not _launchable(manifest):
+                raise StoreError("manifest.json: does not say how to launch the kernel")
             if not contents[FILES[0]].startswith(b"\x7fELF"):
                 raise StoreError("kernel.cubin: not an ELF file")
             return cls(manifest, contents[FILES[0]], contents[FILES[1]].decode(), hold)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise StoreError(f"manifest.json: malformed ({error!r})") from None
+
+
+def _launchable(manifest: dict[str, Any]) -> bool:
+    """Whether the facts a launch needs are there and of the right kind."""
+    numbers = [manifest[name] for name in ("num_warps", "shared", "scratch_pointers")]
+    return (
+        type(manifest["entry"]) is str
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and type(manifest["arguments"]) is list
+        and all(
+            type(one) is list and [type(part) for part in one] == [str, str]
+            for one in manifest["arguments"]
+        )
+    )
 
 
 def _digest(value: Any) -> str:

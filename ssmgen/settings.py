@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 
-__all__ = ["VARIABLES", "Settings", "settings"]
+__all__ = ["VARIABLES", "Settings", "parse_size", "settings"]
 
 log = logging.getLogger("ssmgen")
 
@@ -43,6 +43,7 @@ class Settings:
     """The parsed environment."""
 
     cache_dir: Path | None
+    cache_dir_named: bool
     cache_path: tuple[Path, ...]
     cache_remote: str | None
     cache_trust: tuple[Path, ...]
@@ -72,8 +73,9 @@ def _paths(name: str) -> tuple[Path, ...]:
     return tuple(_expanded(name, p) for p in os.environ.get(name, "").split(os.pathsep) if p)
 
 
-def _size(name: str, default: str) -> int | None:
-    text = os.environ.get(name, "").strip() or default
+def parse_size(name: str, text: str) -> int | None:
+    """Bytes of ``500MB`` or ``8GiB``; None of ``0``. `name` stands in the `ConfigError`."""
+    text = text.strip()
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text)
     if found is None:
         raise ConfigError(f"{name}: {text!r} is not a size; allowed: like 500MB, 8GiB, or 0")
@@ -114,10 +116,13 @@ def settings() -> Settings:
                 log.warning("%s is set but ssmgen knows no such variable", name)
         parsed = Settings(
             cache_dir=_user_store(),
+            cache_dir_named=bool(os.environ.get("SSMGEN_CACHE_DIR")),
             cache_path=_paths("SSMGEN_CACHE_PATH"),
             cache_remote=os.environ.get("SSMGEN_CACHE_REMOTE") or None,
             cache_trust=_paths("SSMGEN_CACHE_TRUST"),
-            cache_size=_size("SSMGEN_CACHE_SIZE", "8GiB"),
+            cache_size=parse_size(
+                "SSMGEN_CACHE_SIZE", os.environ.get("SSMGEN_CACHE_SIZE") or "8GiB"
+            ),
             jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..settings import _size, settings
+from ..settings import parse_size, settings
 from ..store import Store, evict
 from ..store.evict import Usage
 from ..store.layers import named
@@ -81,7 +81,7 @@ def gc(
         ssmgen cache gc --size 500MB --dry-run
     """
     try:
-        cap = settings().cache_size if size is None else _size("--size", size)
+        cap = settings().cache_size if size is None else parse_size("--size", size)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     own = own_store()

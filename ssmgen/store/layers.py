@@ -6,6 +6,7 @@ The user store; then ``SSMGEN_CACHE_PATH``; then the stores inside installed whe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -83,10 +84,20 @@ def refusal(store: Store) -> str | None:
     """Why a root is not trusted; None if it is (or is not there yet).
 
     A root is refused if users other than its owner may write to it, unless it lies on a read-only
-    mount or ``SSMGEN_CACHE_TRUST`` names it.
+    mount or ``SSMGEN_CACHE_TRUST`` names it. The default place of the user store must be ours:
+    nobody has named it, so nobody has trusted its owner.
     """
-    if store.root in settings().cache_trust:
+    now = settings()
+    if store.root in now.cache_trust:
         return None
+    if store.origin == "user" and not now.cache_dir_named:
+        with contextlib.suppress(OSError):
+            owner = store.root.stat().st_uid
+            if owner not in (0, os.geteuid()):
+                return (
+                    f"it belongs to user {owner}; name it in SSMGEN_CACHE_DIR or "
+                    "SSMGEN_CACHE_TRUST, or choose another place"
+                )
     for folder in (store.root, store.base):
         try:
             mode = folder.stat().st_mode

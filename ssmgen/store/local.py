@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -20,7 +19,6 @@ import re
 import resource
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -37,7 +35,7 @@ log = logging.getLogger("ssmgen")
 MAX_FILE = 64 << 20
 
 # A lock that is held for longer is not waited for.
-LOCK_SECONDS = 120.0
+LOCK_SECONDS = 30.0
 
 # What renaming a folder onto something that is there can say.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -160,21 +158,23 @@ class Store:
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[None]:
         """Hold the lock of `name`, to save a second compilation. Never needed to be correct."""
+        import filelock
+
         path = self.base / "locks" / f"{name}.lock"
-        handle = -1
+        lock = None
         try:
-            try:
-                self.make(path.parent)
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-                _lock(handle)
-            except OSError as error:
-                report(f"no lock at {path} ({error}); another process may compile the same")
+            self.make(path.parent)
+            # No soft lock where the filesystem has no flock: a marker left behind would block.
+            lock = filelock.FileLock(path, LOCK_SECONDS, mode=0o644, fallback_to_soft=False)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # Timeout is an OSError
+            report(f"no lock at {path} ({error}); another process may compile the same")
+            lock = None
+        try:
             yield
         finally:
-            if handle >= 0:
-                with contextlib.suppress(OSError):  # closing is not enough: a fork has it too
-                    fcntl.flock(handle, fcntl.LOCK_UN)
-                os.close(handle)
+            if lock is not None:
+                lock.release()
 
     def _set_aside(self, thing: Path, why: str) -> None:
         report(f"bad entry {thing}: {why}")
@@ -315,18 +315,6 @@ def _read(name: str, folder: int) -> bytes:
 def _ours(path: str, flags: int) -> int:
     """Open a new file that none but its owner may write to, whatever the umask."""
     return os.open(path, flags, 0o644)
-
-
-def _lock(handle: int) -> None:
-    """Raises OSError if the lock is not to be had."""
-    end = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise TimeoutError(f"held for more than {LOCK_SECONDS:.0f} s") from None
-            time.sleep(0.05)
 
 
 def _same(folder: Path, handle: int) -> bool:

@@ -101,8 +101,8 @@ class Remote:
             return None
 
     def _read(self, path: str) -> bytes:
-        with self._place[0].open(path, "rb", cache_type="readahead") as file:
-            data: Any = file.read(MAX_FILE + 1)
+        # Not `open`, which takes a host that cannot be reached for a file that is not there.
+        data: Any = self._place[0].cat_file(path, 0, MAX_FILE + 1)
         return bytes(data)
 
 

@@ -322,3 +322,20 @@ def test_logging_of_layers_is_quiet_when_all_is_well(store_dir, caplog):
     with caplog.at_level(logging.DEBUG, "ssmgen"):
         assert find(KEY, TOOLCHAIN)
     assert not caplog.records
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("named", [False, True])
+def test_the_default_place_of_another_user_is_refused_unless_it_is_named(
+    tmp_path, monkeypatch, named
+):
+    root = tmp_path / "ssmgen"
+    Store(root).put(artifact("theirs"))
+    os.chown(root, 4321, 4321)
+    monkeypatch.delenv("SSMGEN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if named:
+        monkeypatch.setenv("SSMGEN_CACHE_TRUST", str(root))
+    assert [store.root for store in stores()] == [root] * named
+    monkeypatch.setenv("SSMGEN_CACHE_DIR", str(root))
+    assert [store.root for store in stores()] == [root]

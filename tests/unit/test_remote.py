@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
+import time
 
 import pytest
 from artifacts import artifact, compiled, snapshot
@@ -93,7 +94,7 @@ def broken(monkeypatch):
             Files.calls += 1
             raise Files.error
 
-        open = ls
+        cat_file = ls
 
         def invalidate_cache(self):
             pass
@@ -189,6 +190,16 @@ def test_an_outage_is_reported_once_and_not_met_again_for_a_while(
     clock[0] += remote.PAUSE_SECONDS + 1
     assert find(KEY, TOOLCHAIN) is None
     assert broken.calls == 2
+    assert len(caplog.records) == 1
+
+
+def test_a_host_that_cannot_be_reached_is_an_outage(monkeypatch, caplog, store_dir):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("SSMGEN_CACHE_REMOTE", "http://127.0.0.1:9/kernels")
+    far = Remote.at("http://127.0.0.1:9/kernels")
+    for _ in range(2):
+        assert find(KEY, TOOLCHAIN) is None
+    assert far._silent_until > time.monotonic()
     assert len(caplog.records) == 1
 
 

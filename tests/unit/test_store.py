@@ -535,3 +535,23 @@ def test_another_toolchain_compiles_its_own(compilations, store_dir, monkeypatch
     assert len(compilations) == 2
     (folder,) = store_dir.glob("v1/??/*")
     assert {p.name for p in folder.iterdir()} == {TOOLCHAIN, "triton-99"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"arguments": 3},
+        {"arguments": [["state", "*fp32", 1]]},
+        {"arguments": [["state", 3]]},
+        {"arguments": ["ab"]},
+        {"num_warps": "two"},
+        {"num_warps": True},
+        {"shared": -1},
+        {"entry": None},
+        {"scratch_pointers": "x"},
+    ],
+)
+def test_a_manifest_that_does_not_say_how_to_launch_is_refused(wrong):
+    odd = artifact("odd", **wrong)
+    with pytest.raises(StoreError, match="launch"):
+        Artifact.verify(odd.manifest["key"], TOOLCHAIN, odd.contents(), ABI_VERSION)

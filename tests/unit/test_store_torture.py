@@ -789,10 +789,10 @@ def test_a_lock_file_left_behind_holds_up_nobody(filled, thing, caplog):
     with filled.claim(KEY):
         pass
     assert time.monotonic() - start < 1
-    assert bool(caplog.records) == (thing in ("folder", "socket", "loop"))
+    assert bool(caplog.records) == (thing in ("folder", "socket", "dangling link", "loop"))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO, errno.EINVAL])
 def test_a_disk_without_locks_holds_up_nobody(
     log_of_compilations, store_dir, monkeypatch, code, caplog
 ):
@@ -824,7 +824,7 @@ def test_a_lock_that_is_never_let_go_is_not_waited_for_forever(store, monkeypatc
     start = time.monotonic()
     with store.claim(KEY), store.claim(KEY):
         assert 0.2 < time.monotonic() - start < 3
-    assert "held for more than" in caplog.text
+    assert "could not be acquired" in caplog.text
 
 
 def test_a_lock_ends_with_its_claim_even_if_a_fork_lives_on(store):
