@@ -269,7 +269,9 @@ def test_opcheck_passes(state, rounding):
     call = moved(make(state, rounding, z=True), "cuda")
     order = ("state", "state_scale", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out",
              "state_batch_indices", "dst_state_batch_indices", "rand_seed")  # fmt: skip
-    arguments = (*(call.tensors.get(n) for n in order), True, -1, False, 10, "auto", False)
+    tokens = (None,) * 6
+    arguments = (*(call.tensors.get(n) for n in order), *tokens, True, -1, False, 10, "auto", False,
+                 0)  # fmt: skip
     torch.library.opcheck(torch.ops.ssmgen.selective_state_update.default, arguments)
 
 
