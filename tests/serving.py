@@ -56,6 +56,7 @@ class Server:
     mutation: str | None = None
     state: torch.dtype = torch.float32
     device: str = "cpu"
+    pdl: bool = False
     dim: int = 8
     dstate: int = 16
     requests: int = 7
@@ -146,7 +147,7 @@ class Server:
         )
         update = self.slots if self.keep == "slots" else self.buffered
         y = update(work, dropped, cu_seqlens=ends.to(self.device), cache_steps=self.steps,
-                   **inputs, **self.weights)  # fmt: skip
+                   pdl=self.pdl, **inputs, **self.weights)  # fmt: skip
         for (request, _, true), begin in zip(work, ends.tolist()):
             for i in range(true):
                 self.outputs[request.name, request.done + i] = y[begin + i].cpu()

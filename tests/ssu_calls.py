@@ -8,6 +8,7 @@ kernel's fp32 value lies; where the two ends agree, the stored bits are determin
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,29 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of the op."""
         return {**self.tensors, **self.switches}
+
+
+def moved(call: Call, device: Any) -> Call:
+    """The same values, strides, offsets and shared storages on another device."""
+    storages: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        whole = tensor.untyped_storage()
+        if whole.data_ptr() not in storages:
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(whole)
+            storages[whole.data_ptr()] = flat.to(device, copy=True)
+        view = torch.empty(0, dtype=tensor.dtype, device=device)
+        memory = storages[whole.data_ptr()].untyped_storage()
+        return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return Call({n: move(t) for n, t in call.tensors.items()}, copy.copy(call.switches))
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(raw(tensor.contiguous()).cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _pool(values: torch.Tensor, pitch: int, offset: int) -> torch.Tensor:

@@ -112,14 +112,26 @@ def make_tokens(
     return call
 
 
-def rows_of(call: Call, *rows: int) -> Call:
-    """The call with some rows of the batch alone; for dense calls."""
+def row_of(call: Call, row: int) -> Call:
+    """The call with one row of the batch alone; for dense calls."""
     alone = call.copy()
     for name in ("x", "dt", "B", "C", "z", "out", "state_batch_indices", "parent_tokens",
                  "dst_state_batch_indices", "intermediate_state_indices",
                  "num_accepted_tokens"):  # fmt: skip
         if name in alone.tensors:
-            alone.tensors[name] = alone[name][list(rows)]
+            alone.tensors[name] = alone[name][row : row + 1]
+    return alone
+
+
+def path_of(call: Call, path: list[int]) -> Call:
+    """The dense call of some tokens alone, one after the other, without a tree."""
+    alone = call.copy()
+    for name in ("x", "dt", "B", "C", "z", "out"):
+        if name in alone.tensors:
+            alone.tensors[name] = alone[name][:, path]
+    if not call["dt"].stride(-1):
+        alone.tensors["dt"] = alone["dt"][..., :1].expand(alone["x"].shape)
+    alone.tensors.pop("parent_tokens", None)
     return alone
 
 

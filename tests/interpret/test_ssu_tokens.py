@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_calls import ROUNDINGS, SCALED, expected, make, raw, same, verify
-from ssu_tokens import KINDS, make_tokens, rows_of, token_of
+from ssu_tokens import KINDS, make_tokens, path_of, row_of, token_of
 
 import ssmgen
 from ssmgen import Plan
@@ -114,16 +114,12 @@ def test_a_path_of_a_tree_gives_the_bits_of_the_path_alone(leaf):
     while token >= 0:
         path.insert(0, token)
         token = TREE[token]
-    alone = tree.copy()
-    for name in ("x", "dt", "B", "C", "z", "out"):
-        alone.tensors[name] = alone[name][:, path]
-    del alone.tensors["parent_tokens"]
-    found = alone.interpreted()
+    found = path_of(tree, path).interpreted()
     assert same(found["out"][:, -1], after["out"][:, leaf])
     entry = int(tree["state_batch_indices"][0])
     for at, token in enumerate(path):
-        for name in ("intermediate_states_buffer",):
-            assert same(found[name][entry, at], after[name][entry, token])
+        name = "intermediate_states_buffer"
+        assert same(found[name][entry, at], after[name][entry, token])
 
 
 @pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)
@@ -131,7 +127,7 @@ def test_a_row_alone_gives_the_bits_of_the_row_in_a_batch(state, rounding):
     call = make_tokens(state, rounding, tokens=3, buffer=3, z=True, **SMALL)
     together = call.interpreted()
     for row in range(3):
-        alone = rows_of(call, row).interpreted()
+        alone = row_of(call, row).interpreted()
         slot = int(call["state_batch_indices"][row])
         assert same(alone["out"][0], together["out"][row])
         for name in set(call.tensors) & {"state", "state_scale", "intermediate_states_buffer"}:

@@ -157,12 +157,16 @@ class Ssu(Family):
             warps = max(1, warps * block_m // wanted)
             split = stages = 1
             if plan.algorithm == "vertical":
-                tiles = config.dim // block_m
-                split = next(n for n in range(min(plan.split, tiles), tiles + 1) if tiles % n == 0)
-                stages = min(plan.num_stages, tiles // split)
+                steps = config.dim // block_m
+                split = next(n for n in range(min(plan.split, steps), steps + 1) if steps % n == 0)
+                stages = min(plan.num_stages, steps // split)
         # A thread below one 16-byte vector only adds idle lanes.
         vector = max(1, 16 // ITEMSIZE[config.state_dtype])
         warps = max(1, min(warps, block_m * block_n // (32 * vector)))
+        # The slot's state of a tree, and A where it is a matrix, stay in registers beside h.
+        tiles = 1 + bool(config.parents_dtype) + (not config.tie_hdim)
+        if config.many and tiles > 1:
+            warps = max(warps, min(16, next_power_of_2(tiles) * block_m * block_n // 2048))
         # Horizontal keeps the tile and its partial sums in registers.
         if plan.algorithm == "horizontal":
             warps = max(warps, min(16, block_m * block_n // (32 * 64)))
