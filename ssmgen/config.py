@@ -78,7 +78,7 @@ class KernelConfig:
 
     family: str = "ssu"
     dtype: str = choice("bf16", ("bf16", "fp16", "fp32"))
-    algorithm: str = choice("auto", ("auto", "simple", "vertical", "horizontal"), dispatch=True)
+    algorithm: str = choice("auto", ("auto", "simple", "vertical", "horizontal", "matrix"), dispatch=True)
     index_dtype: str | None = choice("int64", ("int32", "int64", None))
     aligned: bool = flag(True)
     pdl: bool = flag(False)

@@ -65,6 +65,7 @@ def selective_state_update(
     *,
     pdl: bool = False,
     parent_tokens: Tensor | None = None,
+    precision: str = "fast",
 ) -> Tensor:
     """One or more decode steps of Mamba2 (Dao and Gu 2024, "Transformers are SSMs") or Mamba1.
 
@@ -75,8 +76,8 @@ def selective_state_update(
         y   = <h', C> + D x                   times silu(z) if z is given
 
     ``state`` is updated in place (rounded; y comes from the unrounded h') and ``out`` is written
-    and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl`` and
-    ``parent_tokens``. The state stays in fp32 from the first token of a row to the last.
+    and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl``,
+    ``parent_tokens`` and ``precision``. The state stays in fp32 from the first token of a row to the last.
 
     Args:
         state: (slots, nheads, dim, dstate) fp32, bf16, fp16, int16, int8 or float8_e4m3fn; slot
@@ -114,9 +115,12 @@ def selective_state_update(
             the slot; None: the one before it.
         rand_seed: one int64 on the device: round stochastically (docs/random-bits.md).
         philox_rounds: rounds of the generator, 1 to 16.
-        algorithm: auto, simple, vertical or horizontal.
+        algorithm: auto, simple, vertical, horizontal or matrix (several tokens; docs/semantics.md
+            says which calls it serves).
         pdl: launch with programmatic dependent launch: the state, the index tables are read before
             the kernel ahead of this one has finished (docs/semantics.md).
+        precision: exact: the bits of one token after the other, for an fp32 state; fast: the sums
+            may have another order, where that is faster.
 
     Returns:
         out, of the shape of x.
@@ -151,7 +155,7 @@ def selective_state_update(
             cu_seqlens, num_accepted_tokens, parent_tokens,
         )  # fmt: skip
     switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl,
-                cache_steps)  # fmt: skip
+                cache_steps, precision)  # fmt: skip
     # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
     if (
         is_compiling()
@@ -177,7 +181,7 @@ _SCHEMA = (
     "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
     "Tensor(e!)? intermediate_state_scales, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
     "Tensor? parent_tokens, bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, "
-    "int philox_rounds, str algorithm, bool pdl, int cache_steps) -> ()"
+    "int philox_rounds, str algorithm, bool pdl, int cache_steps, str precision) -> ()"
 )
 
 _local = threading.local()
@@ -305,7 +309,7 @@ def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> N
 
 def _arguments(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> dict[str, Any]:
     names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
-             "pdl", "cache_steps")  # fmt: skip
+             "pdl", "cache_steps", "precision")  # fmt: skip
     for name, tensor in zip(ABI_TENSORS, tensors):
         _require_tensor(name, tensor)
     return {**dict(zip(ABI_TENSORS, tensors)), **dict(zip(names, switches))}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..base import Argument, Family, Layout
+from . import matrix
 from .config import ITEMSIZE, SsuConfig
 
 if TYPE_CHECKING:
@@ -121,14 +122,21 @@ class Ssu(Family):
             "tokens_block": next_power_of_2(config.ntokens),
             "mask_rows": config.dim % plan.block_m != 0,
             "mask_cols": config.dstate % plan.block_n != 0,
-            "tiles": -(-config.dim // plan.block_m) if plan.algorithm == "simple" else plan.split,
+            "tiles": -(-config.dim // plan.block_m)
+            if plan.algorithm in ("simple", "matrix")
+            else plan.split,
+            **(matrix.layouts(config, plan) if plan.algorithm == "matrix" else {}),
         }
 
     def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
         key = f"{config.state_dtype}.{config.rounding}"
         short = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}"
         if config.many:
-            return f"{key}.many", f"{short}.many"
+            loop = f"{key}.many", f"{short}.many"
+            if config.outside_matrix() or config.algorithm == "simple":
+                return loop
+            tokens = next(n for n in (2, 8, 16) if config.ntokens <= n)
+            return f"{key}.many.{tokens}", *loop
         keys = (f"{key}.{config.philox_rounds}", key) if config.philox_rounds else (key,)
         return (*(f"{k}.pdl" for k in keys), *keys, short) if config.pdl else (*keys, short)
 
@@ -136,8 +144,20 @@ class Ssu(Family):
         from ...plan import Plan
 
         warps = plan.num_warps
+        if plan.algorithm == "matrix":
+            if outside := config.outside_matrix():
+                name, value, allowed = outside
+                config.reject(name, value, f"{allowed} with algorithm matrix")
+            rows, warps = matrix.fit(config, plan)
+            return Plan(
+                algorithm="matrix",
+                block_m=rows,
+                block_n=config.dstate,
+                num_warps=warps,
+                maxnreg=plan.maxnreg,
+            )
         if config.many and plan.algorithm != "simple":
-            config.reject("algorithm", plan.algorithm, "auto, simple with several tokens")
+            config.reject("algorithm", plan.algorithm, "auto, simple, matrix with several tokens")
         if plan.algorithm == "horizontal":
             if config.state_scale_t:
                 config.reject(
@@ -190,6 +210,7 @@ class Ssu(Family):
     def grid(self, config: SsuConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:  # type: ignore[override]
         tiles = {
             "simple": config.dim // plan.block_m,
+            "matrix": config.dim // plan.block_m,
             "vertical": plan.split,
             "horizontal": 1,
         }[plan.algorithm]

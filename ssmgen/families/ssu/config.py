@@ -30,7 +30,9 @@ class SsuConfig(KernelConfig, family="ssu"):
     ntokens: tokens a row, the most of them where seqlens_dtype says that rows are sequences of
     cu_seqlens. accepted_dtype: of num_accepted_tokens; parents_dtype: of parent_tokens. dst_tokens:
     every token has a destination, not the last alone. has_intermediate: every token's state goes
-    into a buffer, at entries of entry_dtype, or at the source slot if None.
+    into a buffer, at entries of entry_dtype, or at the source slot if None. precision: exact has
+    the bits of token after token; fast leaves the order of the sums, not their accuracy, to the
+    algorithm.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("dt_dtype", "state_scale_t", "philox_rounds")
@@ -59,6 +61,7 @@ class SsuConfig(KernelConfig, family="ssu"):
     dst_tokens: bool = flag(False)
     has_intermediate: bool = flag(False)
     entry_dtype: str | None = choice(None, INDICES)
+    precision: str = choice("fast", ("fast", "exact"), dispatch=True)
 
     @property
     def many(self) -> bool:
@@ -73,6 +76,27 @@ class SsuConfig(KernelConfig, family="ssu"):
     def stores(self) -> bool:
         """Whether any state is written."""
         return self.update_state or self.has_intermediate
+
+    def outside_matrix(self) -> tuple[str, Any, str] | None:
+        """A field the matrix form does not serve, its value, what it serves; None if it does."""
+        least = 16 if self.state_dtype == "fp32" else 32
+        served = (
+            ("ntokens", 2 <= self.ntokens <= 16, "2 to 16"),
+            ("dtype", self.dtype == "bf16", "bf16"),
+            ("state_dtype", self.state_dtype in FLOATS, ", ".join(FLOATS)),
+            ("rounding", self.rounding == "nearest", "nearest"),
+            ("dim", self.dim % 16 == 0, "multiples of 16"),
+            ("dstate", self.dstate in (16, 32, 64, 128, 256) and self.dstate >= least,
+             f"powers of two from {least} to 256"),
+            ("tie_hdim", self.tie_hdim, "True"),
+            ("aligned", self.aligned, "True"),
+            ("pdl", not self.pdl, "False"),
+            *((n, not getattr(self, n), "None")
+              for n in ("seqlens_dtype", "accepted_dtype", "parents_dtype")),
+            *((n, not getattr(self, n), "False") for n in ("dst_tokens", "has_intermediate")),
+            ("precision", self.precision == "fast", "fast"),
+        )  # fmt: skip
+        return next(((n, getattr(self, n), what) for n, met, what in served if not met), None)
 
     def check(self) -> None:
         if self.dt_dtype is None:
@@ -114,7 +138,10 @@ class SsuConfig(KernelConfig, family="ssu"):
         if self.entry_dtype and not self.has_intermediate:
             self.reject("entry_dtype", self.entry_dtype, "None without has_intermediate")
         if self.many and self.algorithm in ("vertical", "horizontal"):
-            self.reject("algorithm", self.algorithm, "auto, simple with several tokens")
+            self.reject("algorithm", self.algorithm, "auto, simple, matrix with several tokens")
+        if self.algorithm == "matrix" and (outside := self.outside_matrix()):
+            name, value, allowed = outside
+            self.reject(name, value, f"{allowed} with algorithm matrix")
         if self.algorithm == "horizontal" and scaled:
             self.reject(
                 "algorithm", "horizontal", f"auto, simple, vertical with a {self.state_dtype} state"

@@ -116,6 +116,7 @@ def check(
     algorithm: str,
     pdl: bool,
     cache_steps: int = 0,
+    precision: str = "fast",
 ) -> SsuConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
     state, x, dt, A, B = (tensors[n] for n in ("state", "x", "dt", "A", "B"))
@@ -220,6 +221,7 @@ def check(
         update_state=not disable_state_update,
         aligned=strides_aligned(tensors) and addresses_aligned(tensors),
         pdl=pdl,
+        precision=precision,
         seqlens_dtype=dtype_of("cu_seqlens"),
         accepted_dtype=dtype_of("num_accepted_tokens"),
         parents_dtype=dtype_of("parent_tokens"),
@@ -367,6 +369,7 @@ def layout(
     algorithm: str = "auto",
     pdl: bool = False,
     cache_steps: int = 0,
+    precision: str = "fast",
     **arguments: torch.Tensor | None,
 ) -> Layout:
     """Check the arguments of one call and describe them for a launch. ``out`` is required."""
@@ -397,6 +400,7 @@ def layout(
         algorithm=algorithm,
         pdl=pdl,
         cache_steps=cache_steps,
+        precision=precision,
     )
     used = set(given)
     if config.rounding != "stochastic":
