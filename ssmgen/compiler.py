@@ -72,17 +72,17 @@ def toolchain() -> str | None:
 
 
 def load_source(source: str, entry: str, decorate: Any) -> Any:
-    """Run a generated module with `decorate` in place of ``triton.jit``; return its kernel."""
+    """Run a generated module with `decorate` for ``triton.jit`` or ``gluon.jit``; its kernel."""
     name = f"ssmgen_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
     lines = source.splitlines(keepends=True)
     # Triton reads a function's text through linecache; an entry without mtime is never dropped.
     linecache.cache[name] = (len(source), None, lines, name)
     # The module's ``triton`` is ours, so that no other thread sees another ``triton.jit``.
+    ours = types.SimpleNamespace(jit=decorate)
     namespace: dict[str, Any] = {
-        "__name__": name.removesuffix(".py"),
-        "triton": types.SimpleNamespace(jit=decorate),
+        "__name__": name.removesuffix(".py"), "triton": ours, "gluon": ours
     }
-    code = source.replace("\nimport triton\n", "\n\n", 1)
+    code = source.replace("\nimport triton\n", "\n\n", 1).replace(f"\n{_GLUON}\n", "\n\n", 1)
     exec(builtins.compile(code, name, "exec"), namespace)
     return namespace[entry]
 
@@ -122,13 +122,12 @@ def ptx(config: KernelConfig, plan: Plan, arch: Arch) -> str:
 def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arch) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
 
     arguments = spec(config.family).arguments(config)
     signature = {a.name: _triton_type(a.type) for a in arguments}
     attrs = {(i,): [["tt.divisibility", a.align]] for i, a in enumerate(arguments) if a.align > 1}
-    function = load_source(source, entry, JITFunction)
+    decorate, ast_source = _dialect(source)
+    function = load_source(source, entry, decorate)
     if triton.knobs.runtime.interpret:
         raise CompileError(
             "TRITON_INTERPRET is set: Triton interprets and cannot compile; unset it"
@@ -144,9 +143,8 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.disable_ptxas_opt = False
         try:
-            source_ = ASTSource(function, signature, {}, attrs)
             binary = triton.compile(
-                source_,
+                ast_source(function, signature, {}, attrs),
                 target=GPUTarget("cuda", arch.cc, 32),
                 options=options(config, plan, arch),
             )
@@ -159,6 +157,22 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
         if getattr(metadata, field, 0):
             raise CompileError(f"{entry}: needs {field}, which the ABI does not provide")
     return binary
+
+
+# The line that makes a source Gluon, in which layouts are written out.
+_GLUON = "from triton.experimental import gluon"
+
+
+def _dialect(source: str) -> tuple[Any, Any]:
+    """The classes of a function and of a source, by the dialect the source is written in."""
+    if f"\n{_GLUON}\n" in source:
+        from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+        return GluonJITFunction, GluonASTSource
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    return JITFunction, ASTSource
 
 
 def _triton_type(type: str) -> str:

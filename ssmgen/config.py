@@ -31,7 +31,7 @@ __all__ = [
 
 SCHEMA = 1
 
-ALGORITHMS = ("simple", "vertical", "horizontal")
+ALGORITHMS = ("simple", "vertical", "horizontal", "matrix")
 
 _DTYPES = {
     "fp64": ("float64", "double"),

@@ -121,6 +121,11 @@ def _interpreting() -> Iterator[None]:
         # Triton 3.9 keeps a comparison in the type of what it compared.
         return TensorHandle(handle.data.astype(bool), tl.int1)
 
+    def bounded(*bounds: Any) -> range:
+        # A loop's bound is an array of one element, which newer numpy takes for no int.
+        return range(*(b.handle.data.item() if isinstance(b, tl.tensor) else b for b in bounds))
+
+    interpreter.range = bounded  # type: ignore[attr-defined]
     interpreter_builder.cast_impl = cast
     interpreter_builder.create_fp_to_fp = cast
     interpreter_builder.create_masked_load = lambda p, m, *a: masked_load(p, as_mask(m), *a)
@@ -130,6 +135,7 @@ def _interpreting() -> Iterator[None]:
     finally:
         for name in ("cast_impl", "create_fp_to_fp", "create_masked_load", "create_masked_store"):
             delattr(interpreter_builder, name)
+        del interpreter.range  # type: ignore[attr-defined]
         for namespace, before in saved:
             for name, value in list(vars(namespace).items()):
                 if name not in before:

@@ -32,7 +32,8 @@ class Plan:
     A program works on tiles of ``block_m`` rows of ``dim`` by ``block_n`` columns of ``dstate``
     with ``num_warps`` warps and, where it walks, ``num_stages`` tiles in flight. ``split``
     programs share the rows of one head in the vertical algorithm. With ``evict_first`` the new
-    state is the first to leave the L2.
+    state is the first to leave the L2. ``maxnreg`` caps the registers of a thread, so that more
+    programs fit.
     """
 
     algorithm: str
@@ -42,6 +43,7 @@ class Plan:
     num_stages: int = 1
     split: int = 1
     evict_first: bool = False
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         algorithm = plain(self.algorithm)
@@ -60,6 +62,10 @@ class Plan:
             object.__setattr__(self, name, value)
         if type(self.evict_first) is not bool:
             raise ConfigError(f"plan.evict_first: {shown(self.evict_first)} is not a bool")
+        cap = plain(self.maxnreg)
+        if cap is not None and (type(cap) is not int or cap not in range(16, 256)):
+            raise ConfigError(f"plan.maxnreg: {shown(cap)} is not None or 16 to 255")
+        object.__setattr__(self, "maxnreg", cap)
 
     def fields(self) -> dict[str, Any]:
         """Every field by name."""
@@ -67,12 +73,14 @@ class Plan:
 
     def __str__(self) -> str:
         text = f"{self.algorithm} {self.block_m}x{self.block_n} warps={self.num_warps}"
-        if self.algorithm != "simple":
+        if self.algorithm in ("vertical", "horizontal"):
             text += f" stages={self.num_stages}"
         if self.split > 1:
             text += f" split={self.split}"
         if self.evict_first:
             text += " evict_first"
+        if self.maxnreg:
+            text += f" maxnreg={self.maxnreg}"
         return text
 
 

@@ -35,6 +35,8 @@ VARIABLES = {
     "instead of the PyTorch reference.",
     "SSMGEN_BATCH_INVARIANT": "1: one plan for every batch size, so that results never depend on "
     "the batch.",
+    "SSMGEN_CHECK": "1: read the index tables back before every launch and raise an error for a "
+    "value that is not allowed. Waits for the GPU: for finding faults, not for serving.",
 }
 
 
@@ -51,6 +53,7 @@ class Settings:
     jit: bool
     interpret: bool
     batch_invariant: bool
+    check: bool
 
 
 def _flag(name: str) -> bool:
@@ -126,6 +129,7 @@ def settings() -> Settings:
             jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
+            check=_flag("SSMGEN_CHECK"),
         )
         _memo = memo = (stamp, parsed)
     return memo[1]

@@ -1,4 +1,4 @@
-"""Config + plan -> source: a small readable Triton module with no dead branches.
+"""Config + plan -> source: a small readable Triton or Gluon module with no dead branches.
 
 Jinja is imported only when something is rendered; the key of a kernel needs the templates' bytes,
 not Jinja.
@@ -90,6 +90,7 @@ def options(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
     return {
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
+        "maxnreg": plan.maxnreg,
         "launch_pdl": bool(config.pdl and arch.pdl),
         "enable_fp_fusion": True,
         "ptx_options": "",
@@ -125,7 +126,8 @@ def render(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool = Fa
         )
     )
     # One blank line inside a function, two before the next: what a formatter would leave.
-    text = re.sub(r"\n{2,}", "\n\n", text).replace("\n\n@triton", "\n\n\n@triton")
+    text = re.sub(r"\n{2,}", "\n\n", text)
+    text = re.sub(r"\n\n@(triton|gluon)", r"\n\n\n@\1", text)
     return text.rstrip("\n") + "\n"
 
 

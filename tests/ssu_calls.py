@@ -8,6 +8,7 @@ kernel's fp32 value lies; where the two ends agree, the stored bits are determin
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,29 @@ class Call:
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of the op."""
         return {**self.tensors, **self.switches}
+
+
+def moved(call: Call, device: Any) -> Call:
+    """The same values, strides, offsets and shared storages on another device."""
+    storages: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        whole = tensor.untyped_storage()
+        if whole.data_ptr() not in storages:
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(whole)
+            storages[whole.data_ptr()] = flat.to(device, copy=True)
+        view = torch.empty(0, dtype=tensor.dtype, device=device)
+        memory = storages[whole.data_ptr()].untyped_storage()
+        return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return Call({n: move(t) for n, t in call.tensors.items()}, copy.copy(call.switches))
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(raw(tensor.contiguous()).cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _pool(values: torch.Tensor, pitch: int, offset: int) -> torch.Tensor:
@@ -229,13 +253,19 @@ def make(
 
 @dataclass
 class Expected:
-    """Of each row of the batch, in fp64: results and how far an fp32 evaluation may be off."""
+    """Of each token of each row, in fp64: results and how far an fp32 evaluation may be off.
+
+    A token's place is its index in the leading axes of x, flattened.
+    """
 
     y: torch.Tensor
     y_error: torch.Tensor
     h: torch.Tensor
     h_error: torch.Tensor
-    written: dict[int, int]  # slot -> row
+    places: list[int]  # of the tokens of all rows
+    token: dict[int, int]  # place -> token within its row
+    written: dict[int, int]  # slot -> place
+    entries: dict[tuple[int, int], int]  # (entry, token) of the intermediate buffer -> place
 
 
 def decoded(views: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -246,32 +276,69 @@ def decoded(views: dict[str, torch.Tensor]) -> torch.Tensor:
     )
 
 
+def _table(views: dict[str, torch.Tensor], name: str) -> list[Any] | None:
+    return views[name].tolist() if name in views else None
+
+
 def expected(call: Call) -> Expected:
     """What `call` must give."""
     v = call.views
-    batch, nheads, dim = v["x"].shape
     pad, softplus = call.switches["pad_slot_id"], call.switches["dt_softplus"]
-    indexed = "state_batch_indices" in v
-    source = v["state_batch_indices"].tolist() if indexed else list(range(batch))
-    live = [not indexed or slot != pad for slot in source]
-    target = source
-    if "dst_state_batch_indices" in v:
-        target = v["dst_state_batch_indices"].tolist()
-    written = {
-        target[i]: i
-        for i in range(batch)
-        if live[i] and (not indexed or target[i] != pad)
-        if not call.switches["disable_state_update"]
-    }
-    h = torch.zeros(batch, nheads, dim, v["B"].shape[-1], dtype=torch.float64)
+    dense = v["x"].dim() == 4
+    ntokens = v["x"].shape[1] if dense else call.switches.get("cache_steps") or 1
+    ends = _table(v, "cu_seqlens") or list(range(0, len(v["x"]) * ntokens + 1, ntokens))
+    batch = len(ends) - 1
+    lengths = [ends[i + 1] - ends[i] for i in range(batch)]
+    indices = _table(v, "state_batch_indices")
+    accepted = _table(v, "num_accepted_tokens")
+    source = list(range(batch))
+    if indices is not None:
+        source = [n if accepted is None or not lengths[i] else n[max(accepted[i] - 1, 0)]
+                  for i, n in enumerate(indices)]  # fmt: skip
+    live = [indices is None or slot != pad for slot in source]
+    parents = _table(v, "parent_tokens")
+    target = _table(v, "dst_state_batch_indices")
+    entry = _table(v, "intermediate_state_indices") or source
+    update = not call.switches["disable_state_update"]
+
+    start = torch.zeros(batch, *v["state"].shape[1:], dtype=torch.float64)
     for i in range(batch):
-        if live[i]:
-            h[i] = decoded({n: v[n][source[i]] for n in ("state", "state_scale") if n in v})
-    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-    inputs = {n: v[n].double() if n in v else None for n in names}
-    y, h_new = ssu_step(h, **inputs, dt_softplus=softplus, compute_dtype=torch.float64)
-    h_error = _state_error(h, h_new, inputs, softplus)
-    return Expected(y, _output_error(y, h_new, h_error, inputs), h_new, h_error, written)
+        if live[i] and lengths[i]:
+            start[i] = decoded({n: v[n][source[i]] for n in ("state", "state_scale") if n in v})
+    flat = {n: v[n].flatten(0, 1) if dense else v[n] for n in ("x", "dt", "B", "C", "z") if n in v}
+    count = len(flat["x"])
+    y, y_error = torch.zeros(2, *flat["x"].shape, dtype=torch.float64)
+    h, h_error = torch.zeros(2, count, *v["state"].shape[1:], dtype=torch.float64)
+    found = Expected(y, y_error, h, h_error, [], {}, {}, {})
+    for token in range(max(lengths, default=0)):
+        rows = [i for i in range(batch) if lengths[i] > token]
+        at = [ends[i] + token for i in rows]
+        names = ("x", "dt", "B", "C", "z")
+        inputs = {n: flat[n][at].double() if n in v else None for n in names}
+        inputs |= {n: v[n].double() if n in v else None for n in ("A", "D", "dt_bias")}
+        # Each row's state before this token, and how far it may be off.
+        before, off = start[rows], torch.zeros_like(start[rows])
+        for k, i in enumerate(rows):
+            parent = parents[i][token] if parents else token - 1
+            if parent >= 0:
+                before[k], off[k] = h[ends[i] + parent], h_error[ends[i] + parent]
+        y[at], h[at] = ssu_step(before, **inputs, dt_softplus=softplus, compute_dtype=torch.float64)
+        h_error[at] = _state_error(before, off, h[at], inputs, softplus)
+        y_error[at] = _output_error(y[at], h[at], h_error[at], inputs)
+        for i, place in zip(rows, at):
+            found.places.append(place)
+            found.token[place] = token
+            if not live[i]:
+                continue
+            slot: Any = source[i] if target is None else target[i]
+            each = isinstance(slot, list) and ntokens > 1
+            slot = slot[token if each else 0] if isinstance(slot, list) else slot
+            if update and (each or token + 1 == lengths[i]) and (target is None or slot != pad):
+                found.written[slot] = place
+            padded = "intermediate_state_indices" in v and entry[i] == pad
+            if "intermediate_states_buffer" in v and not padded:
+                found.entries[entry[i], token] = place
+    return found
 
 
 def _per_head(t: torch.Tensor, nheads: int) -> torch.Tensor:
@@ -289,14 +356,16 @@ def _step_size(inputs: dict[str, Any], softplus: bool) -> tuple[torch.Tensor, to
 
 
 def _state_error(
-    h: torch.Tensor, h_new: torch.Tensor, inputs: dict[str, Any], softplus: bool
+    h: torch.Tensor, off: torch.Tensor, h_new: torch.Tensor, inputs: dict[str, Any], softplus: bool
 ) -> torch.Tensor:
+    """How far h' may be off if h is by `off`."""
     step, relative = (t.unsqueeze(-1) for t in _step_size(inputs, softplus))
     exponent = (inputs["A"] * step).abs()
     decay = torch.exp(-exponent) if bool((inputs["A"] <= 0).all()) else torch.exp(exponent)
     decay_error = exponent * (relative + 3 * U) + 4 * U
     inflow = step * inputs["x"].unsqueeze(-1) * _per_head(inputs["B"], h.shape[1])
     kept = (decay * h).abs() * (decay_error + 4 * U) + 2.0**-126 * h.abs()
+    kept = kept + decay * off * (1 + decay_error + 4 * U)
     return kept + inflow.abs() * (relative + 4 * U) + 2 * U * h_new.abs() + 2.0**-140
 
 
@@ -324,34 +393,45 @@ def verify(before: Call, after: Call, want: Expected | None = None) -> Verdict:
     """Assert that `after` is what a correct kernel makes of `before`."""
     want = want or expected(before)
     was, now = before.views, after.views
-    out = now["out"]
-    low, high = ((want.y + s * want.y_error).float().to(out.dtype) for s in (-1, 1))
+    places = want.places
+    out = now["out"].flatten(0, now["out"].dim() - 3)[places]
+    y, y_error = want.y[places], want.y_error[places]
+    low, high = ((y + s * y_error).float().to(out.dtype) for s in (-1, 1))
     wrong = ~((low <= out) & (out <= high))
     assert not wrong.any(), _report("out", wrong, out, low, high)
 
+    # Every state written: in which memory, where, and after which token.
+    pools = ["state", "state_scale"], ["intermediate_states_buffer", "intermediate_state_scales"]
+    found: list[tuple[list[str], Any, int]] = [(pools[0], *item) for item in want.written.items()]
+    found += [(pools[1], *item) for item in want.entries.items()]
     share = 1.0
-    if want.written:
-        slots = torch.tensor(list(want.written))
-        rows = list(want.written.values())
+    if found:
+        rows = [place for _, _, place in found]
         bits = None
         if "rand_seed" in before.tensors:
-            bits = random_bits(
-                before["rand_seed"],
-                slots,
-                *was["state"].shape[1:],
-                before.switches["philox_rounds"],
-            )
+            sizes, rounds = was["state"].shape[1:], before.switches["philox_rounds"]
+            bits = torch.cat([
+                random_bits(before["rand_seed"], torch.tensor([at if names is pools[0] else at[0]]),
+                            *sizes, rounds, want.token[place], names is pools[1])
+                for names, at, place in found
+            ])  # fmt: skip
         h, error = want.h[rows], want.h_error[rows]
-        codes = raw(now["state"])[slots].view(now["state"].dtype)
+        codes = torch.stack([raw(now[names[0]])[at] for names, at, _ in found])
+        codes = codes.view(now["state"].dtype)
         if "state_scale" in now:
-            share = _verify_scaled(codes, now["state_scale"][slots], h, error, bits)
+            scale = torch.stack([now[names[1]][at] for names, at, _ in found])
+            share = _verify_scaled(codes, scale, h, error, bits)
         else:
             low, high = (round_to((h + s * error).float(), codes.dtype, bits) for s in (-1, 1))
             wrong = ~((low <= codes) & (codes <= high))
             assert not wrong.any(), _report("state", wrong, codes, low, high)
             share = float((low == high).double().mean())
+    may_change: dict[str, list[Any]] = {"out": places}
+    for names, at, _ in found:
+        for name in names:
+            may_change.setdefault(name, []).append(at)
     for name in before.tensors:
-        _assert_untouched(name, was, now, list(want.written), before, after)
+        _assert_untouched(name, was, now, may_change.get(name, []), before, after)
     return Verdict(share)
 
 
@@ -364,18 +444,18 @@ def _report(name: str, wrong: torch.Tensor, found: Any, low: Any, high: Any) -> 
 
 
 def _assert_untouched(
-    name: str, was: Any, now: Any, written: list[int], before: Call, after: Call
+    name: str, was: Any, now: Any, written: list[Any], before: Call, after: Call
 ) -> None:
-    """No byte of the argument's memory has changed but the written slots and the output."""
+    """No byte of the argument's memory has changed but where it was written."""
     memory = storage(before.tensors[name]).clone()
     original = torch.empty(0, dtype=before.tensors[name].dtype)
     view = original.set_(
         memory.untyped_storage(), was[name].storage_offset(), was[name].shape, was[name].stride()
     )
-    if name in ("state", "state_scale") and written:
-        raw(view)[written] = raw(now[name])[written]
-    elif name == "out":
-        raw(view).copy_(raw(now[name]))
+    for at in written:
+        if name == "out" and view.dim() == 4:
+            at = (at // view.shape[1], at % view.shape[1])
+        raw(view)[at] = raw(now[name])[at]
     assert torch.equal(memory, storage(after.tensors[name])), f"{name}: memory was touched"
 
 

@@ -9,6 +9,7 @@ from ssmgen import KernelConfig
 FLOATS = ("fp32", "bf16", "fp16")
 SCALED = ("int16", "int8", "fp8_e4m3fn")
 STATES = (*FLOATS, *SCALED)
+INDICES = (None, "int32", "int64")
 SIZES = tuple(range(8, 513, 8))
 
 
@@ -27,9 +28,22 @@ def configs(draw, **fixed):
     fields["has_dst"] = (
         bool(fields["index_dtype"]) and fields["update_state"] and draw(st.booleans())
     )
-    if state != "fp32" and fields["update_state"] and draw(st.booleans()):
+    if draw(st.booleans()):
+        fields["ntokens"] = draw(st.sampled_from((1, 2, 6, 17)))
+        fields["seqlens_dtype"] = draw(st.sampled_from(INDICES))
+        fields["parents_dtype"] = draw(st.sampled_from(INDICES))
+        fields["accepted_dtype"] = fields["index_dtype"] and draw(st.sampled_from(INDICES))
+        fields["has_intermediate"] = draw(st.booleans())
+        fields["entry_dtype"] = draw(
+            st.sampled_from(INDICES if fields["has_intermediate"] else (None,))
+        )
+        fields["dst_tokens"] = fields["has_dst"] and fields["ntokens"] > 1 and draw(st.booleans())
+    stores = fields["update_state"] or fields.get("has_intermediate")
+    if state != "fp32" and stores and draw(st.booleans()):
         fields["rounding"] = "stochastic"
         fields["philox_rounds"] = draw(st.sampled_from((None, 1, 5, 7, 16)))
     algorithms = ["auto", "simple", "vertical", *([] if state in SCALED else ["horizontal"])]
+    if KernelConfig(**{**fields, **fixed}).many:
+        algorithms = ["auto", "simple"]
     fields["algorithm"] = draw(st.sampled_from(algorithms))
     return KernelConfig(**{**fields, **fixed})

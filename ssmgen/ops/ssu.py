@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, UnsupportedError
 from ..families.ssu.contract import ABI_TENSORS, check_dtypes, layout, normalise
 from ..reference.ssu import selective_state_update as reference
+from ..reference.tables import read_tables
 from ..settings import settings
 
 __all__ = ["selective_state_update"]
@@ -63,8 +64,10 @@ def selective_state_update(
     backend: str = "auto",
     *,
     pdl: bool = False,
+    parent_tokens: Tensor | None = None,
+    precision: str = "fast",
 ) -> Tensor:
-    """One decode step of Mamba2 (Dao and Gu 2024, "Transformers are SSMs") or Mamba1.
+    """One or more decode steps of Mamba2 (Dao and Gu 2024, "Transformers are SSMs") or Mamba1.
 
     In fp32, per head::
 
@@ -73,32 +76,51 @@ def selective_state_update(
         y   = <h', C> + D x                   times silu(z) if z is given
 
     ``state`` is updated in place (rounded; y comes from the unrounded h') and ``out`` is written
-    and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl``.
+    and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl``,
+    ``parent_tokens`` and ``precision``. The state stays in fp32 from the first token of a row to the last.
 
     Args:
         state: (slots, nheads, dim, dstate) fp32, bf16, fp16, int16, int8 or float8_e4m3fn; slot
             pitch is free, the rest packed. dim and dstate are multiples of 8 up to 512. Headless
             (Mamba1) layouts drop nheads here and in every argument; dim is then unlimited.
-        x: (batch, nheads, dim) fp32, bf16 or fp16. With a token axis of one, (batch, 1, nheads,
-            dim), every per-row argument has one.
+        x: (batch, nheads, dim) fp32, bf16 or fp16; or (batch, tokens, nheads, dim); or (tokens,
+            nheads, dim) with ``cu_seqlens``. Every per-row argument has the same leading axes.
         dt: (batch, nheads, dim), any float dtype.
         A: (nheads, dim, dstate). A, dt, D and dt_bias expanded from one value per head (stride 0)
             take the Mamba2 kernel, otherwise the Mamba1 one.
         B, C: (batch, ngroups, dstate), dtype of x; ngroups divides nheads.
         D, dt_bias: (nheads, dim), of one dtype, or None.
         z: (batch, nheads, dim), dtype of x, or None.
-        state_batch_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used; None:
-            row i has slot i. Values other than ``pad_slot_id`` must be slots, each at most once.
+        state_batch_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used, or
+            ``max(accepted - 1, 0)`` with ``num_accepted_tokens``; None: row i has slot i. Values
+            other than ``pad_slot_id`` must be slots, each at most once.
         pad_slot_id: a row of this slot touches no state; its output is that of a zero state.
         dst_state_batch_indices: where h' goes instead of the source slot; ``pad_slot_id``: nowhere.
+            (batch,) or (batch, 1): after the last token; (batch, at least tokens): after each.
         state_scale: (slots, nheads, dim) or (..., 1) fp32 decode scales of an integer or fp8 state.
         out: like x; allocated if None.
-        disable_state_update: write no state.
+        disable_state_update: write no state; the intermediate states are written all the same.
+        intermediate_states_buffer: (entries, at least tokens, nheads, dim, dstate), dtype of the
+            state: takes the state after each token, besides what is written to ``state``.
+        intermediate_state_indices: (batch,) entries of the buffer, ``pad_slot_id``: nowhere; None:
+            the source slots.
+        intermediate_state_scales: (entries, at least tokens, nheads, dim) fp32, with block-scaled
+            states.
+        cu_seqlens: (sequences + 1,): sequence i is the tokens ``cu_seqlens[i]`` to
+            ``cu_seqlens[i + 1]`` of x, at most ``cache_steps`` of them, or none.
+        cache_steps: the most tokens of a sequence of ``cu_seqlens``; otherwise 0, or at least the
+            tokens of x.
+        num_accepted_tokens: (batch,): which column of ``state_batch_indices`` a row starts from.
+        parent_tokens: (batch, tokens): the earlier token of its row that each token follows, -1:
+            the slot; None: the one before it.
         rand_seed: one int64 on the device: round stochastically (docs/random-bits.md).
         philox_rounds: rounds of the generator, 1 to 16.
-        algorithm: auto, simple, vertical or horizontal.
+        algorithm: auto, simple, vertical, horizontal or matrix (several tokens; docs/semantics.md
+            says which calls it serves).
         pdl: launch with programmatic dependent launch: the state, the index tables are read before
             the kernel ahead of this one has finished (docs/semantics.md).
+        precision: exact: the bits of one token after the other, for an fp32 state; fast: the sums
+            may have another order, where that is faster.
 
     Returns:
         out, of the shape of x.
@@ -106,31 +128,34 @@ def selective_state_update(
     Raises:
         ArgumentValueError, ArgumentTypeError, ConfigError, DeviceError: before anything is
             written; the message names argument, what was found and what is allowed.
-        UnsupportedError: for FlashInfer's multi-token arguments.
+        UnsupportedError: for another ``backend``.
+
+    A sequence whose tables cannot be followed (more than ``cache_steps`` tokens, a parent that is
+    no earlier token) has NaN in all its outputs and writes no state (docs/semantics.md).
     """
-    if (
-        intermediate_states_buffer is not None
-        or intermediate_state_indices is not None
-        or intermediate_state_scales is not None
-        or cu_seqlens is not None
-        or num_accepted_tokens is not None
-        or cache_steps
-    ):
-        raise UnsupportedError(
-            "intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, "
-            "cu_seqlens, num_accepted_tokens, cache_steps: multi-token calls are not supported; "
-            "pass one token a row"
-        )
     if backend != "auto":
         raise UnsupportedError(f"backend: {backend!r}; allowed: 'auto'")
     if out is None:
         _require_tensor("x", x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tensors = (
+    tensors: tuple[Tensor | None, ...] = (
         state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
         dst_state_batch_indices, rand_seed,
     )  # fmt: skip
-    switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl)
+    if (
+        cu_seqlens is not None
+        or intermediate_states_buffer is not None
+        or intermediate_state_indices is not None
+        or intermediate_state_scales is not None
+        or num_accepted_tokens is not None
+        or parent_tokens is not None
+    ):
+        tensors += (
+            intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales,
+            cu_seqlens, num_accepted_tokens, parent_tokens,
+        )  # fmt: skip
+    switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl,
+                cache_steps, precision)  # fmt: skip
     # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
     if (
         is_compiling()
@@ -142,7 +167,8 @@ def selective_state_update(
     ):
         for name, tensor in zip(ABI_TENSORS, tensors):
             _require_tensor(name, tensor)
-        torch.ops.ssmgen.selective_state_update(*tensors, *switches)
+        absent = (None,) * (len(ABI_TENSORS) - len(tensors))
+        torch.ops.ssmgen.selective_state_update(*tensors, *absent, *switches)
     else:
         _run(tensors, switches)
     return out
@@ -152,8 +178,10 @@ _SCHEMA = (
     "selective_state_update(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x, Tensor dt, "
     "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(c!) out, "
     "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, Tensor? rand_seed, "
-    "bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, int philox_rounds, "
-    "str algorithm, bool pdl) -> ()"
+    "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
+    "Tensor(e!)? intermediate_state_scales, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
+    "Tensor? parent_tokens, bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, "
+    "int philox_rounds, str algorithm, bool pdl, int cache_steps, str precision) -> ()"
 )
 
 _local = threading.local()
@@ -181,11 +209,15 @@ def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> 
                      tensor.is_neg())  # fmt: skip
     pointers = [t.data_ptr() for t in tensors if t is not None]
     name += (tensors[i].data_ptr() & 15 for i in _ALIGNED)  # type: ignore[union-attr]
+    if len(tensors) > _BUFFER and (buffer := tensors[_BUFFER]) is not None:
+        name.append(buffer.data_ptr() & 15)
     key = tuple(name)
     try:
-        launch, device, keep = _local.launches[key]
+        launch, device, keep, checked = _local.launches[key]
     except (KeyError, AttributeError):
-        launch, device, keep = _prepare(key, tensors, switches)
+        launch, device, keep, checked = _prepare(key, tensors, switches)
+    if checked and not torch.cuda.is_current_stream_capturing():
+        _check_tables(tensors, switches)
     if keep is not None:
         pointers = [pointers[i] for i in keep]
     if device == torch._C._cuda_getDevice():
@@ -196,6 +228,7 @@ def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> 
 
 
 _ALIGNED = tuple(ABI_TENSORS.index(n) for n in ("state", "x", "A", "B", "C"))
+_BUFFER = ABI_TENSORS.index("intermediate_states_buffer")
 
 # Layouts kept per thread; beyond it all are forgotten, which costs a check each to come back.
 MAX_LAYOUTS = 4096
@@ -203,7 +236,7 @@ MAX_LAYOUTS = 4096
 
 def _prepare(
     key: Any, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]
-) -> tuple[Any, int, list[int] | None]:
+) -> tuple[Any, int, list[int] | None, bool]:
     from ..kernel import get_kernel
 
     described = layout(**_arguments(tensors, switches))
@@ -217,8 +250,35 @@ def _prepare(
     launches = _local.__dict__.setdefault("launches", {})
     if len(launches) >= MAX_LAYOUTS:
         launches.clear()
-    launches[key] = found = (launch, device, keep)
+    launches[key] = found = (launch, device, keep, settings().check)
     return found
+
+
+def _check_tables(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+    """Under SSMGEN_CHECK: read the index tables back and raise for what no kernel can tell."""
+    arguments = _arguments(tensors, switches)
+    views = normalise({n: t for n, t in zip(ABI_TENSORS, tensors) if t is not None})
+    tables = {n: views[n] for n in _TABLES if n in views}
+    if arguments["disable_state_update"]:
+        tables.pop("dst_state_batch_indices", None)
+    read_tables(
+        views["x"],
+        len(views["state"]),
+        arguments["pad_slot_id"],
+        cache_steps=arguments["cache_steps"],
+        **tables,  # type: ignore[arg-type]
+    )
+
+
+_TABLES = (
+    "state_batch_indices",
+    "dst_state_batch_indices",
+    "intermediate_states_buffer",
+    "intermediate_state_indices",
+    "cu_seqlens",
+    "num_accepted_tokens",
+    "parent_tokens",
+)
 
 
 def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
@@ -228,6 +288,9 @@ def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> N
         return
     if settings().interpret:
         from ..interpreter import interpret
+
+        if settings().check:
+            _check_tables(tensors, switches)
 
         interpret(described, arguments)
         return
@@ -240,12 +303,13 @@ def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> N
         disable_state_update=arguments["disable_state_update"],
         rand_seed=views.get("rand_seed") if config.rounding == "stochastic" else None,
         philox_rounds=config.philox_rounds or 10,
+        cache_steps=arguments["cache_steps"],
     )
 
 
 def _arguments(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> dict[str, Any]:
     names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
-             "pdl")  # fmt: skip
+             "pdl", "cache_steps", "precision")  # fmt: skip
     for name, tensor in zip(ABI_TENSORS, tensors):
         _require_tensor(name, tensor)
     return {**dict(zip(ABI_TENSORS, tensors)), **dict(zip(names, switches))}

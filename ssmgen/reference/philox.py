@@ -54,6 +54,7 @@ def random_bits(
     dstate: int,
     rounds: int = 10,
     token: int | torch.Tensor = 0,
+    buffer: bool = False,
 ) -> torch.Tensor:
     """The 16 random bits of every state element of the given slots.
 
@@ -67,7 +68,9 @@ def random_bits(
         slots: (n,) integer tensor, the slots that are written.
         nheads, dim, dstate: shape of one slot.
         rounds: Philox rounds, at least 1.
-        token: index of the token within the call, one for all slots or a tensor (n,).
+        token: index of the token within its row, one for all slots or a tensor (n,).
+        buffer: the slots are entries of the intermediate buffer; the counter then has
+            ``2**32 - 1 - head`` for head.
 
     Returns:
         (n, nheads, dim, dstate) int32 with values in [0, 65536), on the device of `slots`.
@@ -79,13 +82,16 @@ def random_bits(
     """
     device = slots.device
     k0, k1 = _key(seed, device)
+    heads = torch.arange(nheads, device=device)
+    if buffer:
+        heads = _WORD - heads
     elements = dim * dstate
     calls = -(-elements // _ELEMENTS_PER_CALL)
     words = philox4x32(
         torch.arange(calls, device=device),
         torch.as_tensor(token, dtype=torch.int64, device=device).reshape(-1, 1, 1) & _WORD,
         slots.to(torch.int64).reshape(-1, 1, 1) & _WORD,
-        torch.arange(nheads, device=device).reshape(1, -1, 1),
+        heads.reshape(1, -1, 1),
         k0,
         k1,
         rounds,

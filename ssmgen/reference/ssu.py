@@ -1,4 +1,4 @@
-"""One token of the selective state update (Mamba2 decode), in plain PyTorch.
+"""The selective state update (Mamba2 decode) in plain PyTorch, token by token.
 
 The recurrence is the discretised state-space step of Dao and Gu, "Transformers are SSMs" (2024):
 ``h' = exp(A dt) h + dt B x``, ``y = C h' + D x``, gated by ``z * sigmoid(z)``. Slots, padding,
@@ -12,6 +12,7 @@ import torch
 from ..errors import ArgumentTypeError, ArgumentValueError
 from .philox import random_bits
 from .rounding import QMAX, dequantise, quantise, round_to
+from .tables import read_tables
 
 __all__ = ["selective_state_update", "ssu_step"]
 
@@ -99,6 +100,13 @@ def selective_state_update(
     state_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     disable_state_update: bool = False,
+    intermediate_states_buffer: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
+    intermediate_state_scales: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cache_steps: int = 0,
+    num_accepted_tokens: torch.Tensor | None = None,
+    parent_tokens: torch.Tensor | None = None,
     rand_seed: int | torch.Tensor | None = None,
     philox_rounds: int = 10,
     compute_dtype: torch.dtype = torch.float32,
@@ -106,74 +114,114 @@ def selective_state_update(
     """`ssu_step` on slots of a state pool, which is updated in place.
 
     A row whose source slot equals `pad_slot_id` starts from a zero state, touches no slot, and
-    still gives its output. A destination slot equal to `pad_slot_id` is not written. All sources
-    are read before any destination is written; destinations must differ from one another.
+    still gives its output. A destination or entry equal to `pad_slot_id` is not written. All
+    sources are read before any destination is written; destinations of different rows must differ.
 
     Args:
         state: (slots, nheads, dim, dstate); fp32, bf16, fp16, or block-scaled int16, int8, fp8
             e4m3. The new state is converted to fp32 and then rounded as in `rounding`.
-        x, dt, z: (batch, nheads, dim).
+        x, dt, z: (batch, nheads, dim), (batch, tokens, nheads, dim), or with `cu_seqlens` (tokens,
+            nheads, dim).
         A: (nheads, dim, dstate).
-        B, C: (batch, ngroups, dstate).
+        B, C: (batch, ngroups, dstate), with the leading axes of x.
         D, dt_bias: (nheads, dim).
-        state_batch_indices: source slots, (batch,) or (batch, width) of which column 0 is used;
-            int32 or int64. None: row i uses slot i, and no source is padding.
-        dst_state_batch_indices: slots to write, same forms. None: the source slots.
+        state_batch_indices: source slots, (batch,) or (batch, width) of which column 0 is used,
+            or ``max(accepted - 1, 0)`` with `num_accepted_tokens`; int32 or int64. None: row i
+            uses slot i, and no source is padding.
+        dst_state_batch_indices: slots to write: (batch,) or (batch, 1) after the last token,
+            (batch, at least tokens) after each. None: the source slots, after the last token.
         state_scale: (slots, nheads, dim) fp32, updated with the written slots; block-scaled
             states need it and no other may have it.
-        out: (batch, nheads, dim), any float dtype; None makes one in the dtype of x.
+        out: of the shape of x, any float dtype; None makes one in the dtype of x.
         disable_state_update: write neither state nor scale.
-        rand_seed: int or one-element int64 tensor: stochastic rounding with
-            `philox.random_bits` of the written slots. None: round to nearest.
+        intermediate_states_buffer: (entries, at least tokens, nheads, dim, dstate): takes the
+            state after each token.
+        intermediate_state_indices: (batch,) entries. None: the source slots.
+        intermediate_state_scales: (entries, at least tokens, nheads, dim), for scaled states.
+        cu_seqlens: (batch + 1,): row i is the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of
+            x. A row without tokens touches nothing.
+        cache_steps: the most tokens a row of `cu_seqlens` may have.
+        num_accepted_tokens: (batch,), see `state_batch_indices`.
+        parent_tokens: (batch, tokens): which token of the row each one follows, an earlier one;
+            -1: the slot. None: each follows the one before.
+        rand_seed: int or one-element int64 tensor: stochastic rounding with `philox.random_bits`
+            of what is written: slot or entry, and token. None: round to nearest.
         philox_rounds: at least 1; used with `rand_seed` only.
         compute_dtype: dtype of all arithmetic before the state is rounded.
 
     Returns:
-        `out`, computed from the state before it is rounded.
+        `out`, computed from the state before it is rounded. What belongs to no row of `cu_seqlens`
+        is left as it was.
 
     Raises:
         ArgumentTypeError: the state has another dtype.
-        ArgumentValueError: a slot lies outside the pool; `state_scale` missing or not wanted;
-            `rand_seed` with an fp32 state; `out` of another shape; nheads not a multiple of
-            ngroups. Nothing has been written then.
+        ArgumentValueError: a value of an index table is not allowed (`read_tables`); `state_scale`
+            missing or not wanted; `rand_seed` with an fp32 state; `out` of another shape; nheads
+            not a multiple of ngroups. Nothing has been written then.
     """
     _check_storage(state, state_scale, rand_seed)
     if out is not None and out.shape != x.shape:
         raise ArgumentValueError(
             f"out must have the shape of x {tuple(x.shape)}, found {tuple(out.shape)}"
         )
-    nslots, nheads, dim, dstate = state.shape
-    batch = x.shape[0]
-    every_row = torch.ones(batch, dtype=torch.bool, device=state.device)
-
-    if state_batch_indices is None:
-        source = torch.arange(batch, device=state.device)
-        read = every_row
-    else:
-        source = _column(state_batch_indices)
-        read = source != pad_slot_id
-    if dst_state_batch_indices is None:
-        target, written = source, read
-    else:
-        target = _column(dst_state_batch_indices)
-        written = read & (target != pad_slot_id)
-    _check_slots("state_batch_indices", source[read], nslots)
-
-    h = torch.zeros(batch, nheads, dim, dstate, dtype=compute_dtype, device=state.device)
-    h[read] = _load(state, state_scale, source[read], compute_dtype)
-    y, h_new = ssu_step(
-        h, x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, compute_dtype=compute_dtype
+    rows = read_tables(
+        x,
+        len(state),
+        pad_slot_id,
+        state_batch_indices=state_batch_indices,
+        dst_state_batch_indices=None if disable_state_update else dst_state_batch_indices,
+        intermediate_states_buffer=intermediate_states_buffer,
+        intermediate_state_indices=intermediate_state_indices,
+        cu_seqlens=cu_seqlens,
+        cache_steps=cache_steps,
+        num_accepted_tokens=num_accepted_tokens,
+        parent_tokens=parent_tokens,
     )
-    if not disable_state_update:
-        slots = target[written]
-        _check_slots("dst_state_batch_indices", slots, nslots)
+    batch = len(rows.length)
+    ntokens = int(rows.length.max()) if batch else 0
+    inputs = [None if t is None else t.flatten(0, t.dim() - 3) for t in (x, dt, B, C, z)]
+    y = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
+    # The states of every row: h[0] before its tokens, h[t + 1] after token t.
+    h = torch.zeros(ntokens + 1, batch, *state.shape[1:], dtype=compute_dtype, device=x.device)
+    read = rows.live & (rows.length > 0)
+    if ntokens:
+        h[0, read] = _load(state, state_scale, rows.source[read], compute_dtype)
+    for token in range(ntokens):
+        here = rows.at(token)
+        at = rows.begin[here] + token
+        x_, dt_, B_, C_, z_ = (None if t is None else t[at] for t in inputs)
+        y.flatten(0, y.dim() - 3)[at], h[token + 1, here] = ssu_step(
+            h[rows.parent(token) + 1, here], x_, dt_, A, B_, C_, D, z_, dt_bias,  # type: ignore[arg-type]
+            dt_softplus=dt_softplus, compute_dtype=compute_dtype,
+        )  # fmt: skip
+
+    def save(pool: torch.Tensor, scale: torch.Tensor | None, row: torch.Tensor, to: torch.Tensor,
+             token: int, buffer: bool) -> None:  # fmt: skip
         bits = None
         if rand_seed is not None:
-            bits = random_bits(rand_seed, slots, nheads, dim, dstate, philox_rounds)
-        _save(state, state_scale, slots, h_new[written], bits)
+            nheads, dim, dstate = state.shape[1:]
+            bits = random_bits(rand_seed, to, nheads, dim, dstate, philox_rounds, token, buffer)
+        _save(pool, scale, to, h[token + 1, row], bits)
+
+    for token in range(ntokens):
+        if not disable_state_update:
+            save(state, state_scale, *rows.targets(token), token, False)
+        if intermediate_states_buffer is not None:
+            scales = intermediate_state_scales
+            save(
+                intermediate_states_buffer[:, token],
+                None if scales is None else scales[:, token],
+                *rows.entries(token),
+                token,
+                True,
+            )
     if out is None:
         return y.to(x.dtype)
-    return out.copy_(y)
+    if cu_seqlens is None:
+        return out.copy_(y)
+    for begin, length in zip(rows.begin.tolist(), rows.length.tolist()):
+        out[begin : begin + length] = y[begin : begin + length].to(out.dtype)
+    return out
 
 
 def _check_storage(
@@ -193,18 +241,6 @@ def _check_storage(
         raise ArgumentValueError(f"a {state.dtype} state takes no state_scale")
     if rand_seed is not None and state.dtype == torch.float32:
         raise ArgumentValueError("rand_seed needs a 16- or 8-bit state, found float32")
-
-
-def _check_slots(name: str, slots: torch.Tensor, nslots: int) -> None:
-    outside = slots[(slots < 0) | (slots >= nslots)]
-    if outside.numel():
-        raise ArgumentValueError(
-            f"{name}: slot {int(outside[0])} lies outside a pool of {nslots} slots"
-        )
-
-
-def _column(table: torch.Tensor) -> torch.Tensor:
-    return (table[:, 0] if table.dim() == 2 else table).to(torch.int64)
 
 
 def _indexable(state: torch.Tensor) -> torch.Tensor:

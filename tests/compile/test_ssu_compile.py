@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from ssu_calls import SCALED, SERVED
+from ssu_calls import ROUNDINGS, SCALED, SERVED
 
 from ssmgen import Arch, KernelConfig, compiler
 from ssmgen.arch import KNOWN
@@ -22,7 +22,7 @@ MEASURED = {"sm_90"}
 NO_PDL = {"sm_80", "sm_86", "sm_89"}
 CVT_RS = {"sm_100", "sm_103"}
 # There ptxas may give up two values for one more warp, however few registers are in use.
-MAY_SPILL = {"sm_120": 8, "sm_121": 8}
+MAY_SPILL = {"sm_100": 8, "sm_103": 8, "sm_120": 8, "sm_121": 8}
 
 
 class Compiled:
@@ -124,6 +124,30 @@ def test_unaligned_variants_compile_and_assume_no_alignment(arch, algorithm, sta
     assert_within_limits(found, MOST)
     assert found.wide_loads == found.wide_stores == 0
     assert not re.search(r"(ld|st)\.global[.\w:]*\.v[248]\.", found.ptx)
+
+
+TOKENS = {
+    "dense": {"ntokens": 6},
+    "intermediate": {"ntokens": 6, "has_intermediate": True, "update_state": False, "has_z": True},
+    "sequences": {
+        "ntokens": 8, "seqlens_dtype": "int32", "accepted_dtype": "int32", "has_dst": True,
+        "dst_tokens": True,
+    },
+    "tree": {"ntokens": 16, "parents_dtype": "int32", "has_intermediate": True},
+    "mamba1 tree": {"ntokens": 6, "parents_dtype": "int32", "tie_hdim": False, "dstate": 16},
+    "untied tree": {"ntokens": 6, "parents_dtype": "int32", "tie_hdim": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)
+def test_kernels_of_many_tokens_compile_without_spills(arch, kind, state, rounding):
+    found = for_largest(arch, state_dtype=state, rounding=rounding, **TOKENS[kind])
+    assert_within_limits(found, MOST)
+    assert_right_instructions(found)
+    assert found.wide_loads >= found.tile
+    assert found.wide_stores >= found.tile
 
 
 def _shipped():

@@ -5,7 +5,9 @@ plan    simple 64x16 warps=1
 config  family=ssu dtype=bf16 index_dtype=int32 aligned=False pdl=False dt_dtype=fp32
         weight_dtype=fp32 a_dtype=fp32 state_dtype=fp32 state_scale_t=None rounding=nearest
         philox_rounds=0 dim=64 dstate=16 ntokens=1 has_z=True has_d=True has_dt_bias=True
-        dt_softplus=True tie_hdim=False has_dst=False update_state=True
+        dt_softplus=True tie_hdim=False has_dst=False update_state=True seqlens_dtype=None
+        accepted_dtype=None parents_dtype=None dst_tokens=False has_intermediate=False
+        entry_dtype=None
 key     ...
 """
 

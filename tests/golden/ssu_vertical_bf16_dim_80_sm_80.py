@@ -5,7 +5,9 @@ plan    vertical 16x128 warps=2 stages=3
 config  family=ssu dtype=bf16 index_dtype=int64 aligned=True pdl=False dt_dtype=fp32
         weight_dtype=fp32 a_dtype=fp32 state_dtype=bf16 state_scale_t=None rounding=nearest
         philox_rounds=0 dim=80 dstate=128 ntokens=1 has_z=False has_d=True has_dt_bias=True
-        dt_softplus=True tie_hdim=True has_dst=False update_state=True
+        dt_softplus=True tie_hdim=True has_dst=False update_state=True seqlens_dtype=None
+        accepted_dtype=None parents_dtype=None dst_tokens=False has_intermediate=False
+        entry_dtype=None
 key     ...
 """
 

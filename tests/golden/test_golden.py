@@ -55,7 +55,21 @@ GOLDEN = {
         "sm_90",
         {"state_dtype": "bf16", "dim": 80, "dstate": 256, "index_dtype": None},
     ),
-}
+    "ssu_simple_tokens_bf16_sm_90": (
+        SIMPLE,
+        "sm_90",
+        {"state_dtype": "bf16", "ntokens": 6, "has_intermediate": True, "has_z": True},
+    ),
+    "ssu_simple_sequences_tree_int8_stochastic_sm_90": (
+        SIMPLE,
+        "sm_90",
+        {
+            "state_dtype": "int8", "rounding": "stochastic", "ntokens": 6, "has_dst": True,
+            "dst_tokens": True, "seqlens_dtype": "int32", "accepted_dtype": "int32",
+            "parents_dtype": "int32", "pdl": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def rendered(config, plan, arch):
@@ -91,7 +105,16 @@ FEATURES = [
     {"tie_hdim": False, "aligned": False, "dim": 24, "dstate": 40, "has_d": False, "pdl": True},
     {"dim": 192, "dstate": 512, "weight_dtype": "bf16", "a_dtype": "bf16"},
     {"dim": 8, "dstate": 8, "has_z": True, "has_dst": True, "tie_hdim": False},
-]
+    {"ntokens": 4, "has_z": True},
+    {"ntokens": 2, "has_dst": True, "tie_hdim": False, "aligned": False, "dstate": 96},
+    {"ntokens": 1, "has_intermediate": True, "index_dtype": None},
+    {"ntokens": 6, "has_intermediate": True, "entry_dtype": "int32", "update_state": False,
+     "parents_dtype": "int64", "tie_hdim": False, "dtype": "fp32"},
+    {"ntokens": 6, "seqlens_dtype": "int64", "accepted_dtype": "int32", "has_dst": True,
+     "dst_tokens": True, "parents_dtype": "int32", "has_intermediate": True, "has_z": True,
+     "pdl": True},
+    {"ntokens": 17, "seqlens_dtype": "int32", "has_d": False, "has_dt_bias": False, "pdl": True},
+]  # fmt: skip
 STATES = ("fp32", "bf16", "fp16", "int16", "int8", "fp8_e4m3fn")
 
 
@@ -102,7 +125,10 @@ def every_source():
     ):
         config_fields = {"state_dtype": state, "rounding": rounding, **fields}
         scaled = state in STATES[3:]
-        if rounding == "stochastic" and (state == "fp32" or not fields.get("update_state", True)):
+        stores = fields.get("update_state", True) or fields.get("has_intermediate")
+        if rounding == "stochastic" and (state == "fp32" or not stores):
+            continue
+        if plan.algorithm != "simple" and "ntokens" in fields:
             continue
         if plan.algorithm == "horizontal" and scaled:
             continue
@@ -162,13 +188,20 @@ def test_what_a_config_does_not_have_is_not_in_its_source(sources):
         "dt_bias": lambda c: c.has_dt_bias,
         "D_": lambda c: c.has_d,
         "slots": lambda c: c.index_dtype is not None,
-        "pad_slot_id": lambda c: c.index_dtype is not None,
+        "pad_slot_id": lambda c: c.index_dtype is not None or c.entry_dtype is not None,
+        "x_token_stride": lambda c: c.many,
+        "buffer": lambda c: c.has_intermediate,
+        "entries": lambda c: c.entry_dtype is not None,
+        "seqlens": lambda c: c.seqlens_dtype is not None,
+        "accepted": lambda c: c.accepted_dtype is not None,
+        "parents": lambda c: c.parents_dtype is not None,
+        "broken": lambda c: bool(c.seqlens_dtype or c.accepted_dtype or c.parents_dtype),
         "dst": lambda c: c.has_dst,
         "seed": lambda c: c.rounding == "stochastic",
         "random_words": lambda c: c.rounding == "stochastic",
         "state_scale": lambda c: c.state_scale_t is not None,
         "A_dim_stride": lambda c: not c.tie_hdim,
-        "row_scale": lambda c: c.state_scale_t is not None and c.update_state,
+        "row_scale": lambda c: c.state_scale_t is not None and c.stores,
     }
     for config, _, _, source in sources:
         code = source.split('"""')[2]

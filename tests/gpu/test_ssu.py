@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import subprocess
 import sys
 import threading
@@ -11,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from ssu_calls import ALGORITHMS, DTYPES, ROUNDINGS, SERVED, Call, make, raw, same, verify
+from ssu_calls import (
+    ALGORITHMS,
+    DTYPES,
+    ROUNDINGS,
+    SERVED,
+    Call,
+    digest,
+    make,
+    moved,
+    same,
+    verify,
+)
 
 import ssmgen
 from ssmgen.errors import ConfigError
@@ -23,22 +32,6 @@ pytestmark = pytest.mark.gpu
 MAMBA2 = {"nheads": 24, "ngroups": 3, "dim": 64, "dstate": 128, "slots": 9, "batch": 5}
 
 
-def moved(call: Call, device: Any) -> Call:
-    """The same values, strides, offsets and shared storages on another device."""
-    storages: dict[int, torch.Tensor] = {}
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        whole = tensor.untyped_storage()
-        if whole.data_ptr() not in storages:
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(whole)
-            storages[whole.data_ptr()] = flat.to(device, copy=True)
-        view = torch.empty(0, dtype=tensor.dtype, device=device)
-        memory = storages[whole.data_ptr()].untyped_storage()
-        return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-    return Call({n: move(t) for n, t in call.tensors.items()}, copy.copy(call.switches))
-
-
 def run(call: Call, **options: Any) -> Call:
     """What the op makes of `call` on the GPU, back on the CPU."""
     device = moved(call, "cuda")
@@ -46,13 +39,6 @@ def run(call: Call, **options: Any) -> Call:
     result = ssmgen.selective_state_update(**arguments)
     assert result.data_ptr() == device["out"].data_ptr()
     return moved(device, "cpu")
-
-
-def digest(*tensors: torch.Tensor) -> str:
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(raw(tensor.contiguous()).cpu().numpy().tobytes())
-    return total.hexdigest()
 
 
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
@@ -269,7 +255,9 @@ def test_opcheck_passes(state, rounding):
     call = moved(make(state, rounding, z=True), "cuda")
     order = ("state", "state_scale", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out",
              "state_batch_indices", "dst_state_batch_indices", "rand_seed")  # fmt: skip
-    arguments = (*(call.tensors.get(n) for n in order), True, -1, False, 10, "auto", False)
+    tokens = (None,) * 6
+    arguments = (*(call.tensors.get(n) for n in order), *tokens, True, -1, False, 10, "auto", False,
+                 0)  # fmt: skip
     torch.library.opcheck(torch.ops.ssmgen.selective_state_update.default, arguments)
 
 

@@ -38,14 +38,16 @@ KNOWN = {
     "index_dtype": "int32",
 }
 KNOWN_JSON = (
-    '{"a_dtype":"fp32","algorithm":"auto","aligned":true,"batch_invariant":false,"dim":80,'
-    '"dstate":256,"dt_dtype":"fp32","dt_softplus":true,"dtype":"fp16","family":"ssu",'
-    '"has_d":true,"has_dst":false,"has_dt_bias":true,"has_z":true,"index_dtype":"int32",'
-    '"ntokens":1,"pdl":false,"philox_rounds":7,"rounding":"stochastic","schema":1,'
+    '{"a_dtype":"fp32","accepted_dtype":null,"algorithm":"auto","aligned":true,'
+    '"batch_invariant":false,"dim":80,"dst_tokens":false,"dstate":256,"dt_dtype":"fp32",'
+    '"dt_softplus":true,"dtype":"fp16","entry_dtype":null,"family":"ssu","has_d":true,'
+    '"has_dst":false,"has_dt_bias":true,"has_intermediate":false,"has_z":true,'
+    '"index_dtype":"int32","ntokens":1,"parents_dtype":null,"pdl":false,"philox_rounds":7,'
+    '"rounding":"stochastic","schema":1,"seqlens_dtype":null,'
     '"state_dtype":"int8","state_scale_t":"fp32","tie_hdim":true,"update_state":true,'
     '"weight_dtype":"fp32"}'
 )
-KNOWN_HASH = "23d1e7b30db9ee650fd31118ae3eb857559c3bec4a1001cf9adad102ec096333"
+KNOWN_HASH = "85e534f726fedc8bece62a0ac1499d79de118872e33a914a5f6b67ae14430ca1"
 
 
 def test_dtype_state_dtype_dim_and_dstate_are_enough_to_start():
@@ -116,7 +118,7 @@ def test_state_and_index_dtypes_are_torch_dtypes_or_names():
         ({"dim": None}, ConfigTypeError, ("dim", "None", "8 to 512 in multiples of 8")),
         ({"dim": 64.0}, ConfigTypeError, ("dim", "64.0", "8 to 512 in multiples of 8")),
         ({"dim": True}, ConfigTypeError, ("dim", "True", "8 to 512 in multiples of 8")),
-        ({"ntokens": 2}, ConfigError, ("ntokens", "2", "1")),
+        ({"ntokens": 0}, ConfigError, ("ntokens", "0", "1 to 1048576")),
         ({"ntokens": None}, ConfigTypeError, ("ntokens", "None", "1")),
         ({"philox_rounds": 17}, ConfigError, ("philox_rounds", "17", "0 to 16")),
         ({"has_z": 1}, ConfigTypeError, ("has_z", "1", "True, False")),
@@ -142,6 +144,12 @@ ILLEGAL = [
     ({"has_dst": True, "update_state": False}, "has_dst"),
     *(({"state_scale_t": "fp32", "state_dtype": state}, "state_scale_t") for state in FLOATS),
     *(({"algorithm": "horizontal", "state_dtype": state}, "algorithm") for state in SCALED),
+    *(({"algorithm": name, "ntokens": 2}, "algorithm") for name in ("vertical", "horizontal")),
+    ({"algorithm": "vertical", "parents_dtype": "int32"}, "algorithm"),
+    ({"accepted_dtype": "int32", "index_dtype": None}, "accepted_dtype"),
+    ({"dst_tokens": True, "ntokens": 2}, "dst_tokens"),
+    ({"dst_tokens": True, "has_dst": True}, "dst_tokens"),
+    ({"entry_dtype": "int32", "ntokens": 2}, "entry_dtype"),
 ]
 
 

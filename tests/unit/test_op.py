@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ssu_calls import DTYPES, ROUNDINGS, Call, make, same, verify
+from ssu_tokens import make_tokens
 
 import ssmgen
 from ssmgen.errors import (
@@ -24,6 +25,7 @@ from ssmgen.ops import ssu as module
 
 SWITCHES = (
     "dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm", "pdl",
+    "cache_steps",
 )  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def flat(call):
     """The arguments of the registered op."""
     return (
         *(call.tensors.get(name) for name in ABI_TENSORS),
-        *(call.switches[name] for name in SWITCHES),
+        *({"cache_steps": 0, **call.switches}[name] for name in SWITCHES),
     )
 
 
@@ -145,7 +147,7 @@ def test_arguments_are_in_flashinfers_order_with_its_defaults():
         "cu_seqlens", "num_accepted_tokens", "backend",
     ]  # fmt: skip
     assert [n for n, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == names
-    assert [n for n, p in found.items() if p.kind is p.KEYWORD_ONLY] == ["pdl"]
+    assert [n for n, p in found.items() if p.kind is p.KEYWORD_ONLY] == ["pdl", "parent_tokens"]
     required = {"state", "x", "dt", "A", "B", "C"}
     assert {n for n, p in found.items() if p.default is p.empty} == required
     other = {
@@ -157,23 +159,11 @@ def test_arguments_are_in_flashinfers_order_with_its_defaults():
             assert parameter.default == other.get(name), name
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        {"intermediate_states_buffer": torch.zeros(1)},
-        {"intermediate_state_indices": torch.zeros(1)},
-        {"intermediate_state_scales": torch.zeros(1)},
-        {"cu_seqlens": torch.zeros(1)},
-        {"num_accepted_tokens": torch.zeros(1)},
-        {"cache_steps": 4},
-        {"backend": "cake"},
-    ],
-)
-def test_what_only_flashinfer_has_is_refused_by_name(argument):
+def test_another_backend_is_refused_by_name():
     call = make("fp32")
     before = call.copy()
-    with pytest.raises(UnsupportedError, match=next(iter(argument))) as caught:
-        ssmgen.selective_state_update(**call.arguments(), **argument)
+    with pytest.raises(UnsupportedError, match="backend: 'cake'; allowed: 'auto'") as caught:
+        ssmgen.selective_state_update(**call.arguments(), backend="cake")
     assert isinstance(caught.value, NotImplementedError)
     assert isinstance(caught.value, SsmgenError)
     assert_same_call(call, before)
@@ -202,12 +192,24 @@ CALLS = {
     "mamba1": {"state": "fp32", "headless": True, "dstate": 16, "dim": 64},
     "bare": {"state": "fp32", "D": False, "dt_bias": False, "softplus": False, "indices": None},
     "no-update": {"state": "fp32", "update": False},
-}
+    "tokens": {"state": "bf16", "tokens": 3, "z": True},
+    "intermediate": {"state": "int8", "rounding": "stochastic", "tokens": 2, "buffer": 2},
+    "varlen": {
+        "state": "fp32", "lengths": [2, 0, 3], "steps": 3, "accepted": [2, 0, 1],
+        "indices": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "dst": "source", "spare": 0,
+    },
+    "tree": {"state": "fp16", "tokens": 3, "parents": [[-1, 0, 0]] * 3},
+}  # fmt: skip
+
+
+def called(name):
+    fields = CALLS[name]
+    return make_tokens(**fields) if {"tokens", "lengths"} & set(fields) else make(**fields)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck_passes(name):
-    call = make(**CALLS[name])
+    call = called(name)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor",
               "test_aot_dispatch_dynamic"]  # fmt: skip
     if name == "fp8":
@@ -220,7 +222,7 @@ def test_opcheck_passes(name):
 @pytest.mark.parametrize("given_out", [True, False])
 def test_torch_compile_takes_it_in_one_graph(name, given_out):
     torch._dynamo.reset()
-    call = make(**CALLS[name])
+    call = called(name)
     after, wanted = call.copy(), run(call)
     if not given_out:
         del after.tensors["out"]
@@ -233,7 +235,7 @@ def test_torch_compile_takes_it_in_one_graph(name, given_out):
     y, more = step(after.tensors)
     assert same(y, wanted["out"])
     assert same(more, wanted["out"].float() + 1)
-    for written in ("state", "state_scale"):
+    for written in ("state", "state_scale", *(n for n in wanted.tensors if n[:5] == "inter")):
         if written in after.tensors:
             assert same(after[written], wanted[written])
 
@@ -250,8 +252,8 @@ def test_torch_compile_serves_other_batch_sizes():
 
 
 def test_the_dispatcher_gives_the_bits_of_the_direct_call():
-    for fields in CALLS.values():
-        call = make(**fields)
+    for name in CALLS:
+        call = called(name)
         through = call.copy()
         torch.ops.ssmgen.selective_state_update(*flat(through))
         assert_same_call(through, run(call))
@@ -260,7 +262,8 @@ def test_the_dispatcher_gives_the_bits_of_the_direct_call():
 def test_the_schema_says_what_is_written():
     schema = torch.ops.ssmgen.selective_state_update.default._schema
     written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
-    assert written == {"state", "state_scale", "out"}
+    buffer = {"intermediate_states_buffer", "intermediate_state_scales"}
+    assert written == {"state", "state_scale", "out", *buffer}
     assert [a.name for a in schema.arguments] == [*ABI_TENSORS, *SWITCHES]
     assert not schema.returns
 

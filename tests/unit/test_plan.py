@@ -121,8 +121,9 @@ powers = st.sampled_from([1, 2, 4, 8, 16])
 )
 def test_fit_makes_any_plan_cover_any_config(config, arch, algorithm, **fields):
     wanted = Plan(algorithm=algorithm, block_n=128, **fields)
-    if algorithm == "horizontal" and config.state_dtype in SCALED:
-        with pytest.raises(ConfigError, match="horizontal"):
+    scaled = algorithm == "horizontal" and config.state_dtype in SCALED
+    if scaled or (config.many and algorithm != "simple"):
+        with pytest.raises(ConfigError, match=algorithm):
             SSU.fit(config, wanted, arch)
         return
     found = SSU.fit(config, wanted, arch)
@@ -227,6 +228,8 @@ def _shipped_rows():
 def _configs_of(key):
     """The configs of the reference shape that a key of the table is for."""
     width, rounding, *more = key.split(".")
+    ntokens = 4 if more[-1:] == ["many"] else 1
+    more = [part for part in more if part != "many"]
     pdl = more[-1:] == ["pdl"]
     rounds = [int(r) for r in (more[:-1] if pdl else more)]
     states = [s for s in STATES if width in (s, f"{8 * ITEMSIZE[s]}bit")]
@@ -236,6 +239,7 @@ def _configs_of(key):
             rounding=rounding,
             philox_rounds=rounds[0] if rounds else None,
             pdl=pdl,
+            ntokens=ntokens,
         )
         for state in states
         if (state, rounding) != ("fp32", "stochastic")
@@ -271,6 +275,8 @@ def test_the_shipped_table_serves_every_config_and_never_a_rejected_pair():
     ):
         if (state, rounding) == ("fp32", "stochastic"):
             continue
+        many = KernelConfig(state_dtype=state, rounding=rounding, pdl=pdl, ntokens=3)
+        assert {c.plan.algorithm for c in dispatch(many, Arch.of(name))} == {"simple"}
         config = KernelConfig(state_dtype=state, rounding=rounding, pdl=pdl)
         for choice in dispatch(config, Arch.of(name)):
             assert not (choice.plan.algorithm == "horizontal" and state in SCALED)

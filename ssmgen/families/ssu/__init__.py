@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..base import Argument, Family, Layout
+from . import matrix
 from .config import ITEMSIZE, SsuConfig
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class Ssu(Family):
         c, io, weight = config, config.dtype, config.weight_dtype
         scaled, indexed, untied = bool(c.state_scale_t), bool(c.index_dtype), not c.tie_hdim
         stochastic = c.rounding == "stochastic"
+        varlen = bool(c.seqlens_dtype)
+
+        def row(name: str, dtype: str | None = None) -> tuple[tuple[bool, Argument], ...]:
+            """The steps from row to row, and from token to token where a row has several."""
+            return (
+                (not varlen, stride(f"{name}_row_stride", "i32", dtype)),
+                (c.many, stride(f"{name}_token_stride", "i32", dtype)),
+            )
+
         pointers = keep(
             (True, Argument("state", f"*{c.state_dtype}", align)),
             (scaled, Argument("state_scale", "*fp32")),
@@ -56,33 +66,50 @@ class Ssu(Family):
             (indexed, Argument("slots", f"*{c.index_dtype}")),
             (c.has_dst, Argument("dst_slots", f"*{c.index_dtype}")),
             (stochastic, Argument("seed", "*int64")),
+            (c.has_intermediate, Argument("buffer", f"*{c.state_dtype}", align)),
+            (bool(c.entry_dtype), Argument("entries", f"*{c.entry_dtype}")),
+            (scaled and c.has_intermediate, Argument("buffer_scale", "*fp32")),
+            (varlen, Argument("seqlens", f"*{c.seqlens_dtype}")),
+            (bool(c.accepted_dtype), Argument("accepted", f"*{c.accepted_dtype}")),
+            (bool(c.parents_dtype), Argument("parents", f"*{c.parents_dtype}")),
         )
         integers = keep(
             (True, stride("state_slot_stride", "i64", c.state_dtype)),
             (scaled, stride("scale_slot_stride", "i64")),
-            (True, stride("x_row_stride", "i32", io)),
+            *row("x", io),
             (True, stride("x_head_stride", "i32", io)),
-            (True, stride("dt_row_stride", "i32")),
+            *row("dt"),
             (True, stride("dt_head_stride", "i32")),
             (untied, stride("dt_dim_stride", "i32")),
             (True, stride("A_head_stride", "i32", c.a_dtype if untied else None)),
             (untied, stride("A_dim_stride", "i32", c.a_dtype)),
             (untied and not c.aligned, stride("A_dstate_stride", "i32")),
-            (True, stride("B_row_stride", "i32", io)),
+            *row("B", io),
             (True, stride("B_group_stride", "i32", io)),
-            (True, stride("C_row_stride", "i32", io)),
+            *row("C", io),
             (True, stride("C_group_stride", "i32", io)),
             (c.has_d, stride("D_head_stride", "i32")),
             (c.has_d and untied, stride("D_dim_stride", "i32")),
-            (c.has_z, stride("z_row_stride", "i32")),
+            *(row("z") if c.has_z else ()),
             (c.has_z, stride("z_head_stride", "i32")),
             (c.has_dt_bias, stride("dt_bias_head_stride", "i32")),
             (c.has_dt_bias and untied, stride("dt_bias_dim_stride", "i32")),
-            (True, stride("out_row_stride", "i32")),
+            *row("out"),
             (True, stride("out_head_stride", "i32")),
             (indexed, stride("slots_stride", "i32")),
+            (bool(c.accepted_dtype), stride("slots_column_stride", "i32")),
+            (bool(c.accepted_dtype), stride("slots_width", "i32")),
             (c.has_dst, stride("dst_slots_stride", "i32")),
-            (indexed, stride("pad_slot_id", "i64")),
+            (c.dst_tokens, stride("dst_slots_column_stride", "i32")),
+            (c.has_intermediate, stride("buffer_entry_stride", "i64", c.state_dtype)),
+            (c.has_intermediate, stride("buffer_token_stride", "i64", c.state_dtype)),
+            (bool(c.entry_dtype), stride("entries_stride", "i32")),
+            (scaled and c.has_intermediate, stride("buffer_scale_entry_stride", "i64")),
+            (scaled and c.has_intermediate, stride("buffer_scale_token_stride", "i64")),
+            (bool(c.accepted_dtype), stride("accepted_stride", "i32")),
+            (bool(c.parents_dtype), stride("parents_row_stride", "i32")),
+            (varlen, stride("total", "i32")),
+            (indexed or bool(c.entry_dtype), stride("pad_slot_id", "i64")),
             (True, stride("group_recip", "u32")),
         )
         return pointers + integers
@@ -92,14 +119,24 @@ class Ssu(Family):
             "qmax": {"int16": 32767, "int8": 127, "fp8_e4m3fn": 448}.get(config.state_dtype),
             "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
             "hardware_fp8": arch.fp8,
+            "tokens_block": next_power_of_2(config.ntokens),
             "mask_rows": config.dim % plan.block_m != 0,
             "mask_cols": config.dstate % plan.block_n != 0,
-            "tiles": -(-config.dim // plan.block_m) if plan.algorithm == "simple" else plan.split,
+            "tiles": -(-config.dim // plan.block_m)
+            if plan.algorithm in ("simple", "matrix")
+            else plan.split,
+            **(matrix.layouts(config, plan) if plan.algorithm == "matrix" else {}),
         }
 
     def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
         key = f"{config.state_dtype}.{config.rounding}"
         short = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}"
+        if config.many:
+            loop = f"{key}.many", f"{short}.many"
+            if config.outside_matrix() or config.algorithm == "simple":
+                return loop
+            tokens = next(n for n in (2, 8, 16) if config.ntokens <= n)
+            return f"{key}.many.{tokens}", *loop
         keys = (f"{key}.{config.philox_rounds}", key) if config.philox_rounds else (key,)
         return (*(f"{k}.pdl" for k in keys), *keys, short) if config.pdl else (*keys, short)
 
@@ -107,6 +144,20 @@ class Ssu(Family):
         from ...plan import Plan
 
         warps = plan.num_warps
+        if plan.algorithm == "matrix":
+            if outside := config.outside_matrix():
+                name, value, allowed = outside
+                config.reject(name, value, f"{allowed} with algorithm matrix")
+            rows, warps = matrix.fit(config, plan)
+            return Plan(
+                algorithm="matrix",
+                block_m=rows,
+                block_n=config.dstate,
+                num_warps=warps,
+                maxnreg=plan.maxnreg,
+            )
+        if config.many and plan.algorithm != "simple":
+            config.reject("algorithm", plan.algorithm, "auto, simple, matrix with several tokens")
         if plan.algorithm == "horizontal":
             if config.state_scale_t:
                 config.reject(
@@ -126,12 +177,16 @@ class Ssu(Family):
             warps = max(1, warps * block_m // wanted)
             split = stages = 1
             if plan.algorithm == "vertical":
-                tiles = config.dim // block_m
-                split = next(n for n in range(min(plan.split, tiles), tiles + 1) if tiles % n == 0)
-                stages = min(plan.num_stages, tiles // split)
+                steps = config.dim // block_m
+                split = next(n for n in range(min(plan.split, steps), steps + 1) if steps % n == 0)
+                stages = min(plan.num_stages, steps // split)
         # A thread below one 16-byte vector only adds idle lanes.
         vector = max(1, 16 // ITEMSIZE[config.state_dtype])
         warps = max(1, min(warps, block_m * block_n // (32 * vector)))
+        # The slot's state of a tree, and A where it is a matrix, stay in registers beside h.
+        tiles = 1 + bool(config.parents_dtype) + (not config.tie_hdim)
+        if config.many and tiles > 1:
+            warps = max(warps, min(16, next_power_of_2(tiles) * block_m * block_n // 2048))
         # Horizontal keeps the tile and its partial sums in registers.
         if plan.algorithm == "horizontal":
             warps = max(warps, min(16, block_m * block_n // (32 * 64)))
@@ -155,6 +210,7 @@ class Ssu(Family):
     def grid(self, config: SsuConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:  # type: ignore[override]
         tiles = {
             "simple": config.dim // plan.block_m,
+            "matrix": config.dim // plan.block_m,
             "vertical": plan.split,
             "horizontal": 1,
         }[plan.algorithm]
@@ -171,6 +227,7 @@ class Ssu(Family):
             "disable_state_update": not config.update_state,
             "philox_rounds": config.philox_rounds or 10,
             "pdl": config.pdl,
+            "cache_steps": config.ntokens if config.seqlens_dtype else 0,
         }
 
 

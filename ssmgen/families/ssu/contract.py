@@ -4,19 +4,18 @@ handle and the reference.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ...config import dtype_name
 from ...errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from ..base import Layout
 from .config import FLOATS, SCALED, SsuConfig
+from .strides import addresses_aligned, check_strides, fail, strides_aligned, tied
 
-__all__ = ["ABI_TENSORS", "check", "check_dtypes", "layout", "normalise"]
+__all__ = ["ABI_TENSORS", "STEP_TENSORS", "check", "check_dtypes", "layout", "normalise"]
 
-# Tensor arguments in ABI order; absent ones are left out.
-ABI_TENSORS = (
+# Tensor arguments in ABI order; absent ones are left out. Those of one token a row:
+STEP_TENSORS = (
     "state",
     "state_scale",
     "x",
@@ -32,59 +31,79 @@ ABI_TENSORS = (
     "dst_state_batch_indices",
     "rand_seed",
 )
+# Those that only many tokens have; any of them makes a call one of many tokens.
+TOKEN_TENSORS = (
+    "intermediate_states_buffer",
+    "intermediate_state_indices",
+    "intermediate_state_scales",
+    "cu_seqlens",
+    "num_accepted_tokens",
+    "parent_tokens",
+)
+ABI_TENSORS = STEP_TENSORS + TOKEN_TENSORS
 
 MAX_BATCH = 65535
 
 
-def _fail(name: str, found: Any, allowed: str) -> None:
-    raise ArgumentValueError(f"{name}: found {found}; allowed: {allowed}")
-
-
 def normalise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Views of the arguments with heads, one token and one index column.
+    """Views of the arguments with heads, and with tokens where a call may have several.
 
-    A headless (Mamba1) state ``(slots, dim, dstate)`` becomes heads of up to 64 rows; a token axis
-    of one and the trailing one of a scale are dropped; a 2-D index table becomes its column 0.
-    No address changes.
+    A headless (Mamba1) state ``(slots, dim, dstate)`` becomes heads of up to 64 rows; the trailing
+    axis of a scale is dropped. A call of one token a row loses its token axis, and its 2-D index
+    tables become their column 0; a call of many has a token axis, unless it has `cu_seqlens`. No
+    address changes.
     """
     views = dict(tensors)
-    state = tensors["state"]
+    state, x = tensors["state"], tensors["x"]
     if state.dim() not in (3, 4):
-        _fail("state", f"{state.dim()} dimensions", "(slots, nheads, dim, dstate) or (slots, dim, "
-              "dstate)")  # fmt: skip
+        fail("state", f"{state.dim()} dimensions", "(slots, nheads, dim, dstate) or (slots, dim, "
+             "dstate)")  # fmt: skip
     headless = state.dim() == 3
-    scale = views.get("state_scale")
-    if scale is not None and scale.dim() == state.dim() and scale.shape[-1] == 1:
-        views["state_scale"] = scale[..., 0]
+    lead = 2 if headless else 3
+    for name, axes in (("state_scale", 1), ("intermediate_state_scales", 2)):
+        scale = views.get(name)
+        if scale is not None and scale.dim() == axes + lead and scale.shape[-1] == 1:
+            views[name] = scale[..., 0]
+    varlen = "cu_seqlens" in tensors
+    dense = x.dim() == lead + 1 and not varlen
+    many = any(n in tensors for n in TOKEN_TENSORS) or (dense and x.shape[1] != 1)
+    per_row = [n for n in ("x", "dt", "B", "C", "z", "out") if n in views]
+    if headless:
+        for name in ("B", "C"):
+            if views[name].dim() == lead + dense:
+                views[name] = views[name].unsqueeze(-2)
+    for name in per_row:
+        view = views[name]
+        with_tokens = 4 if name in ("B", "C") else lead + 1
+        if many and not dense and not varlen:
+            views[name] = view.unsqueeze(1)
+        elif not many and view.dim() == with_tokens:
+            if view.shape[1] != 1:
+                fail(name, f"{view.shape[1]} tokens", "one token, (batch, 1, ...), as in x")
+            views[name] = view[:, 0]
     for name in ("state_batch_indices", "dst_state_batch_indices"):
         table = views.get(name)
-        if table is not None and table.dim() == 2 and table.shape[1]:
+        if table is None or table.dim() != 2 or not table.shape[1]:
+            continue
+        keep = "num_accepted_tokens" in tensors if name[0] == "s" else many and table.shape[1] > 1
+        if not keep:
             views[name] = table[:, 0]
-    lead = 2 if headless else 3
-    for name in ("x", "dt", "B", "C", "z", "out"):
-        with_tokens = 4 if name in ("B", "C") else lead + 1
-        if name in views and views[name].dim() == with_tokens:
-            if views[name].shape[1] != 1:
-                _fail(name, f"{views[name].shape[1]} tokens", "one token, (batch, 1, ...)")
-            views[name] = views[name][:, 0]
     if not headless:
         return views
     dim = state.shape[1]
     rows = min(64, dim & -dim)
     if dim <= 0 or rows < 8:
-        _fail("state", f"dim {dim}", "a dim that is a multiple of 8")
-    axis = {"state": 1, "state_scale": 1, "x": 1, "dt": 1, "z": 1, "out": 1, "A": 0, "D": 0,
-            "dt_bias": 0}  # fmt: skip
-    for name, at in axis.items():
+        fail("state", f"dim {dim}", "a dim that is a multiple of 8")
+    inner = {"state": 2, "A": 2, "intermediate_states_buffer": 2}
+    for name in ("state", "state_scale", "x", "dt", "z", "out", "A", "D", "dt_bias",
+                 "intermediate_states_buffer", "intermediate_state_scales"):  # fmt: skip
         if name not in views:
             continue
-        tensor = views[name]
-        if tensor.dim() <= at or tensor.shape[at] != dim:
-            _fail(name, f"shape {tuple(tensor.shape)}", f"{dim} along axis {at}, as in state")
+        tensor, at = views[name], -inner.get(name, 1)
+        if tensor.dim() < -at or tensor.shape[at] != dim:
+            axis = at % max(tensor.dim(), 1)
+            fail(name, f"shape {tuple(tensor.shape)}", f"{dim} along axis {axis}, as in state")
         views[name] = tensor.unflatten(at, (dim // rows, rows))
-    for name in ("B", "C"):
-        if views[name].dim() == lead:
-            views[name] = views[name].unsqueeze(1)
     return views
 
 
@@ -96,6 +115,8 @@ def check(
     philox_rounds: int,
     algorithm: str,
     pdl: bool,
+    cache_steps: int = 0,
+    precision: str = "fast",
 ) -> SsuConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
     state, x, dt, A, B = (tensors[n] for n in ("state", "x", "dt", "A", "B"))
@@ -103,29 +124,31 @@ def check(
         if tensor.layout != torch.strided:
             raise ArgumentTypeError(f"{name}: found layout {tensor.layout}; allowed: strided")
         if tensor.is_neg() or tensor.is_conj():
-            _fail(name, "a lazily negated view", "a tensor whose memory holds its values; use "
-                  ".resolve_neg()")  # fmt: skip
+            fail(name, "a lazily negated view", "a tensor whose memory holds its values; use "
+                 ".resolve_neg()")  # fmt: skip
     slots, nheads, dim, dstate = state.shape
     if nheads == 0:
-        _fail("state", "0 heads", "at least one")
-    if x.dim() != 3:
-        _fail("x", f"shape {tuple(x.shape)}", "(batch, nheads, dim)")
-    batch = x.shape[0]
+        fail("state", "0 heads", "at least one")
     for name, size in (("dim", dim), ("dstate", dstate)):
         if size % 8 or not 8 <= size <= 512:
-            _fail("state", f"{name} {size}", "8 to 512 in multiples of 8")
-    if B.dim() != 3:
-        _fail("B", f"shape {tuple(B.shape)}", "(batch, ngroups, dstate)")
-    ngroups = B.shape[1]
+            fail("state", f"{name} {size}", "8 to 512 in multiples of 8")
+    lead, ntokens = _rows(tensors, cache_steps)
+    batch = lead[0]
+    seqlens = tensors.get("cu_seqlens")
+    if seqlens is not None:
+        batch = _sequences(seqlens)
+    if B.dim() != len(lead) + 2:
+        fail("B", f"shape {tuple(B.shape)}", f"({_AXES[len(lead)]}, ngroups, dstate)")
+    ngroups = B.shape[-2]
     if ngroups == 0 or nheads % ngroups:
-        _fail("B", f"{ngroups} groups", f"a divisor of the {nheads} heads")
-    row = (batch, nheads, dim)
+        fail("B", f"{ngroups} groups", f"a divisor of the {nheads} heads")
+    row = (*lead, nheads, dim)
     shapes: dict[str, tuple[int, ...]] = {
         "x": row,
         "dt": row,
         "A": (nheads, dim, dstate),
-        "B": (batch, ngroups, dstate),
-        "C": (batch, ngroups, dstate),
+        "B": (*lead, ngroups, dstate),
+        "C": (*lead, ngroups, dstate),
         "D": (nheads, dim),
         "z": row,
         "dt_bias": (nheads, dim),
@@ -133,10 +156,17 @@ def check(
         "state_scale": (slots, nheads, dim),
         "state_batch_indices": (batch,),
         "dst_state_batch_indices": (batch,),
+        "intermediate_state_indices": (batch,),
+        "num_accepted_tokens": (batch,),
+        "parent_tokens": (batch, ntokens),
     }
+    buffer = tensors.get("intermediate_states_buffer")
+    if buffer is not None:
+        shapes |= _buffer_shapes(tensors, batch, ntokens)
+    _check_tables(tensors, shapes, batch, ntokens)
     for name, shape in shapes.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
-            _fail(name, f"shape {tuple(tensors[name].shape)}", str(shape))
+            fail(name, f"shape {tuple(tensors[name].shape)}", str(shape))
     seed = tensors.get("rand_seed")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
         kind = ArgumentTypeError if seed.dtype != torch.int64 else ArgumentValueError
@@ -144,25 +174,30 @@ def check(
             f"rand_seed: found {seed.dtype} of shape {tuple(seed.shape)}; allowed: one int64"
         )
     if batch > MAX_BATCH:
-        _fail("x", f"batch {batch}", f"at most {MAX_BATCH}")
+        fail("x" if seqlens is None else "cu_seqlens", f"batch {batch}", f"at most {MAX_BATCH}")
     if 2 * nheads * (nheads // ngroups) >= 2**31:
         # Where the kernel's reciprocal finds the group of a head exactly.
-        _fail("state", f"{nheads} heads in {ngroups} groups", "2 heads^2 / groups below 2^31")
+        fail("state", f"{nheads} heads in {ngroups} groups", "2 heads^2 / groups below 2^31")
     if nheads * dim * dstate >= 2**31:
-        _fail("state", f"{nheads * dim * dstate} elements a slot", "less than 2^31")
+        fail("state", f"{nheads * dim * dstate} elements a slot", "less than 2^31")
     indices = tensors.get("state_batch_indices")
     if indices is None:
-        if "dst_state_batch_indices" in tensors:
-            _fail("dst_state_batch_indices", "a tensor", "None without state_batch_indices")
+        for name in ("dst_state_batch_indices", "num_accepted_tokens"):
+            if name in tensors:
+                fail(name, "a tensor", "None without state_batch_indices")
         if slots < batch:
-            _fail("state", f"{slots} slots", f"at least {batch}, one a row, without indices")
+            fail("state", f"{slots} slots", f"at least {batch}, one a row, without indices")
     check_dtypes(tensors)
-    _check_strides(tensors, dim, dstate)
+    check_strides(tensors, dim, dstate)
     for name, tensor in tensors.items():
         if tensor.device != state.device:
             raise DeviceError(f"{name}: on {tensor.device}; allowed: {state.device}, as state")
 
-    stochastic = seed is not None and not disable_state_update
+    def dtype_of(name: str) -> str | None:
+        return dtype_name(tensors[name].dtype) if name in tensors else None
+
+    has_dst = "dst_state_batch_indices" in tensors and not disable_state_update
+    stochastic = seed is not None and not (disable_state_update and buffer is None)
     bias = tensors.get("dt_bias", tensors.get("D"))
     return SsuConfig(
         dtype=dtype_name(x.dtype),
@@ -174,18 +209,102 @@ def check(
         philox_rounds=philox_rounds if stochastic else 0,
         dim=dim,
         dstate=dstate,
+        ntokens=ntokens,
         algorithm=algorithm,
-        index_dtype=None if indices is None else dtype_name(indices.dtype),
+        index_dtype=dtype_of("state_batch_indices"),
         has_z="z" in tensors,
         has_d="D" in tensors,
         has_dt_bias="dt_bias" in tensors,
-        has_dst="dst_state_batch_indices" in tensors and not disable_state_update,
+        has_dst=has_dst,
         dt_softplus=dt_softplus,
-        tie_hdim=_tied(tensors),
+        tie_hdim=tied(tensors),
         update_state=not disable_state_update,
-        aligned=_strides_aligned(tensors) and _addresses_aligned(tensors),
+        aligned=strides_aligned(tensors) and addresses_aligned(tensors),
         pdl=pdl,
+        precision=precision,
+        seqlens_dtype=dtype_of("cu_seqlens"),
+        accepted_dtype=dtype_of("num_accepted_tokens"),
+        parents_dtype=dtype_of("parent_tokens"),
+        dst_tokens=has_dst and ntokens > 1 and tensors["dst_state_batch_indices"].dim() == 2,
+        has_intermediate=buffer is not None,
+        entry_dtype=dtype_of("intermediate_state_indices"),
     )
+
+
+_AXES = {1: "batch", 2: "batch, tokens"}
+
+
+def _rows(tensors: dict[str, torch.Tensor], cache_steps: int) -> tuple[tuple[int, ...], int]:
+    """The leading axes of x, and the tokens of a row or, with `cu_seqlens`, the most of them."""
+    x = tensors["x"]
+    if isinstance(cache_steps, bool) or not isinstance(cache_steps, int):
+        raise ArgumentTypeError(f"cache_steps: found {cache_steps!r}; allowed: an int")
+    if "cu_seqlens" in tensors:
+        if x.dim() != 3:
+            fail("x", f"shape {tuple(x.shape)}", "(tokens, nheads, dim) with cu_seqlens")
+        if cache_steps < 1:
+            fail("cache_steps", cache_steps, "at least 1, the most tokens of a sequence, with "
+                 "cu_seqlens")  # fmt: skip
+        return (x.shape[0],), cache_steps
+    if x.dim() not in (3, 4):
+        fail("x", f"shape {tuple(x.shape)}", "(batch, nheads, dim) or (batch, tokens, nheads, dim)")
+    lead = tuple(x.shape[:-2])
+    ntokens = lead[1] if len(lead) == 2 else 1
+    if ntokens < 1:
+        fail("x", "0 tokens", "at least one")
+    if cache_steps and cache_steps < ntokens:
+        fail("cache_steps", cache_steps, f"0, or at least the {ntokens} tokens of x")
+    return lead, ntokens
+
+
+def _sequences(seqlens: torch.Tensor) -> int:
+    if seqlens.dim() != 1 or not seqlens.shape[0]:
+        fail("cu_seqlens", f"shape {tuple(seqlens.shape)}", "(sequences + 1,)")
+    return seqlens.shape[0] - 1
+
+
+def _buffer_shapes(
+    tensors: dict[str, torch.Tensor], batch: int, ntokens: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the intermediate states and scales, whose entries and tokens the buffer says."""
+    buffer, state = tensors["intermediate_states_buffer"], tensors["state"]
+    wanted = f"(entries, at least {ntokens}, {', '.join(map(str, state.shape[1:]))})"
+    if buffer.dim() != 5 or buffer.shape[1] < ntokens:
+        fail("intermediate_states_buffer", f"shape {tuple(buffer.shape)}", wanted)
+    if "intermediate_state_indices" not in tensors:
+        least = state.shape[0] if "state_batch_indices" in tensors else batch
+        if buffer.shape[0] < least:
+            fail("intermediate_states_buffer", f"{buffer.shape[0]} entries", f"at least {least}, "
+                 "one a slot, without intermediate_state_indices")  # fmt: skip
+    return {
+        "intermediate_states_buffer": (*buffer.shape[:2], *state.shape[1:]),
+        "intermediate_state_scales": (*buffer.shape[:2], *state.shape[1:3]),
+    }
+
+
+def _check_tables(
+    tensors: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    batch: int,
+    ntokens: int,
+) -> None:
+    """2-D index tables: one more column is no harm, one too few is."""
+    source = tensors.get("state_batch_indices")
+    if "num_accepted_tokens" in tensors and source is not None:
+        if source.dim() != 2 or not source.shape[1]:
+            fail("state_batch_indices", f"shape {tuple(source.shape)}", f"({batch}, columns), the "
+                 "slot after each token, with num_accepted_tokens")  # fmt: skip
+        shapes["state_batch_indices"] = (batch, source.shape[1])
+    target = tensors.get("dst_state_batch_indices")
+    if target is not None and target.dim() == 2:
+        if target.shape[1] < ntokens:
+            fail("dst_state_batch_indices", f"shape {tuple(target.shape)}", f"({batch},), "
+                 f"({batch}, 1) or ({batch}, at least {ntokens})")  # fmt: skip
+        shapes["dst_state_batch_indices"] = (batch, target.shape[1])
+    if "intermediate_states_buffer" not in tensors:
+        for name in ("intermediate_state_indices", "intermediate_state_scales"):
+            if name in tensors:
+                fail(name, "a tensor", "None without intermediate_states_buffer")
 
 
 def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
@@ -224,71 +343,21 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     if "dst_state_batch_indices" in tensors:
         index = dtype_name(tensors["state_batch_indices"].dtype)
         allow("dst_state_batch_indices", (index,), " (that of state_batch_indices)")
+    for name in ("intermediate_state_indices", "cu_seqlens", "num_accepted_tokens",
+                 "parent_tokens"):  # fmt: skip
+        allow(name, ("int32", "int64"))
+    if "intermediate_states_buffer" in tensors:
+        state = dtype_name(tensors["state"].dtype)
+        allow("intermediate_states_buffer", (state,), " (that of state)")
+        if scaled != ("intermediate_state_scales" in tensors):
+            raise ArgumentTypeError(
+                f"intermediate_state_scales: {'missing' if scaled else 'given'} with a "
+                f"{tensors['state'].dtype} state; allowed: "
+                f"{'one fp32 decode scale per (entry, token, head, row)' if scaled else 'None'}"
+            )
+        allow("intermediate_state_scales", ("fp32",))
     if "rand_seed" in tensors and tensors["state"].dtype == torch.float32:
         raise ArgumentTypeError("rand_seed: given with an fp32 state, which is not rounded")
-
-
-def _check_strides(tensors: dict[str, torch.Tensor], dim: int, dstate: int) -> None:
-    def packed(name: str, strides: tuple[int, ...], what: str) -> None:
-        tensor = tensors.get(name)
-        if tensor is None:
-            return
-        count = len(strides)
-        for axis in range(1, count + 1):
-            if tensor.shape[-axis] > 1 and tensor.stride(-axis) != strides[-axis]:
-                _fail(name, f"strides {tensor.stride()}", what)
-
-    packed("state", (dim * dstate, dstate, 1), f"inner strides ({dim * dstate}, {dstate}, 1); the "
-           "slot stride is free")  # fmt: skip
-    packed("state_scale", (dim, 1), f"inner strides ({dim}, 1); the slot stride is free")
-    for name in ("x", "z", "out", "B", "C"):
-        packed(name, (1,), "a last stride of 1; the others are free")
-    for name, tensor in tensors.items():
-        span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape) if n)
-        if name not in ("state", "state_scale") and span >= 2**31:
-            _fail(name, f"strides {tensor.stride()}", "a span below 2^31 elements")
-        if any(s < 0 for s in tensor.stride()):
-            _fail(name, f"strides {tensor.stride()}", "no negative stride")
-        if name in ("state", "out", "state_scale") and _overlaps_itself(tensor):
-            _fail(name, f"strides {tensor.stride()}", "elements that share no memory")
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one address, by the axes from the innermost out."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def _tied(tensors: dict[str, torch.Tensor]) -> bool:
-    inner = [tensors[n].stride(-1) for n in ("dt", "D", "dt_bias") if n in tensors]
-    return not any((*inner, *tensors["A"].stride()[-2:]))
-
-
-def _aligned_tensors(tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    return ("state", "x", "B", "C") if _tied(tensors) else ("state", "x", "B", "C", "A")
-
-
-def _strides_aligned(tensors: dict[str, torch.Tensor]) -> bool:
-    for name in _aligned_tensors(tensors):
-        tensor = tensors[name]
-        strides = tensor.stride()
-        outer = 1 if name == "state" else tensor.dim() - 1
-        if any(
-            s * tensor.element_size() % 16 for s, n in zip(strides[:outer], tensor.shape) if n > 1
-        ):
-            return False
-        if name == "A" and strides[-1] != 1:
-            return False
-    return True
-
-
-def _addresses_aligned(tensors: dict[str, torch.Tensor]) -> bool:
-    return not any(tensors[name].data_ptr() % 16 for name in _aligned_tensors(tensors))
 
 
 def layout(
@@ -299,6 +368,8 @@ def layout(
     philox_rounds: int = 10,
     algorithm: str = "auto",
     pdl: bool = False,
+    cache_steps: int = 0,
+    precision: str = "fast",
     **arguments: torch.Tensor | None,
 ) -> Layout:
     """Check the arguments of one call and describe them for a launch. ``out`` is required."""
@@ -319,7 +390,7 @@ def layout(
     if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int):
         raise ArgumentTypeError(f"pad_slot_id: found {pad_slot_id!r}; allowed: an int")
     if not -(2**63) <= pad_slot_id < 2**63:
-        _fail("pad_slot_id", pad_slot_id, "an int64")
+        fail("pad_slot_id", pad_slot_id, "an int64")
     views = normalise(given)
     config = check(
         views,
@@ -328,19 +399,35 @@ def layout(
         philox_rounds=philox_rounds,
         algorithm=algorithm,
         pdl=pdl,
+        cache_steps=cache_steps,
+        precision=precision,
     )
     used = set(given)
     if config.rounding != "stochastic":
         used.discard("rand_seed")
     if not config.has_dst:
         used.discard("dst_state_batch_indices")
+    seqlens = views.get("cu_seqlens")
     return Layout(
         config=config,
         tensors=tuple(name for name in ABI_TENSORS if name in used),
         scalars=_scalars(config, views, pad_slot_id),
-        batch=views["x"].shape[0],
-        nheads=views["x"].shape[1],
+        batch=views["x"].shape[0] if seqlens is None else seqlens.shape[0] - 1,
+        nheads=views["state"].shape[1],
     )
+
+
+# Which tensor an integer argument speaks of, by its name without axis and "stride".
+_STRIDED = {
+    "slots": "state_batch_indices",
+    "dst_slots": "dst_state_batch_indices",
+    "scale": "state_scale",
+    "buffer": "intermediate_states_buffer",
+    "buffer_scale": "intermediate_state_scales",
+    "entries": "intermediate_state_indices",
+    "accepted": "num_accepted_tokens",
+    "parents": "parent_tokens",
+}
 
 
 def _scalars(
@@ -349,30 +436,26 @@ def _scalars(
     """The integer arguments, in the order of `Ssu.arguments`, which names them."""
     from . import FAMILY
 
-    short = {"slots": "state_batch_indices", "dst_slots": "dst_state_batch_indices",
-             "scale": "state_scale"}  # fmt: skip
-    axes = {"slot": 0, "row": 0, "group": 1, "dim": -2, "dstate": -1}
-    heads_a_group = views["x"].shape[1] // views["B"].shape[1]
-    values = {
-        "pad_slot_id": pad_slot_id,
-        "group_recip": -(-(2**31) // heads_a_group),
-        "slots_stride": 0,
-        "dst_slots_stride": 0,
-    }
-    for argument in FAMILY.arguments(config):
-        if argument.pointer or argument.name in ("pad_slot_id", "group_recip"):
-            continue
-        name, _, axis = argument.name.removesuffix("_stride").rpartition("_")
-        if argument.name in ("slots_stride", "dst_slots_stride"):
-            table = views[short[argument.name.removesuffix("_stride")]]
-            values[argument.name] = table.stride(0)
-            continue
-        tensor = views[short.get(name, name)]
-        if axis == "head":
-            at = 0 if name in ("A", "D", "dt_bias") else 1
-        elif axis == "dim" and name != "A":
-            at = -1
-        else:
-            at = axes[axis]
-        values[argument.name] = tensor.stride(at) if tensor.shape[at] > 1 else 0
-    return tuple(values[a.name] for a in FAMILY.arguments(config) if not a.pointer)
+    axes = {"slot": 0, "row": 0, "entry": 0, "token": 1, "column": 1, "head": -2, "group": -2,
+            "dim": -1, "dstate": -1}  # fmt: skip
+
+    def stride(argument: str) -> int:
+        name = argument.removesuffix("_stride")
+        if name in _STRIDED:
+            return views[_STRIDED[name]].stride(0)
+        name, _, axis = name.rpartition("_")
+        tensor, at = views[_STRIDED.get(name, name)], axes[axis]
+        if name == "A" and axis != "dstate":
+            at -= 1
+        if axis == "token" and config.seqlens_dtype and not name.startswith("buffer"):
+            at = 0
+        return tensor.stride(at) if tensor.shape[at] > 1 else 0
+
+    heads_a_group = views["state"].shape[1] // views["B"].shape[-2]
+    values = {"pad_slot_id": pad_slot_id, "group_recip": -(-(2**31) // heads_a_group)}
+    if config.accepted_dtype:
+        values["slots_width"] = views["state_batch_indices"].shape[1]
+    if config.seqlens_dtype:
+        values["total"] = views["x"].shape[0]
+    arguments = [a.name for a in FAMILY.arguments(config) if not a.pointer]
+    return tuple(values[a] if a in values else stride(a) for a in arguments)

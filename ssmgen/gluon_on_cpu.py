@@ -1,0 +1,72 @@
+"""What a Gluon kernel needs of its language, on the CPU: layouts mean nothing there.
+
+Generated sources for the interpreter import `gl`, `async_copy` and `mma_v2` from here. `gl` has
+what ``triton.language`` has when it is asked, which the interpreter patches while a kernel runs.
+This covers the arithmetic and the permutations; whether a layout fits, the compiler checks.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import triton.language as tl
+
+__all__ = ["async_copy", "gl", "mma_v2"]
+
+
+class _Shared:
+    """Shared memory: the last value stored."""
+
+    def __init__(self, dtype: Any, shape: Any, layout: Any) -> None:
+        self._value: Any = None
+
+    def load(self, layout: Any) -> Any:
+        return self._value
+
+    def store(self, value: Any) -> None:
+        self._value = value
+
+
+def _no_layout(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Language:
+    allocate_shared_memory = _Shared
+    BlockedLayout = DistributedLinearLayout = DotOperandLayout = staticmethod(_no_layout)
+    NVMMADistributedLayout = SliceLayout = SwizzledSharedLayout = staticmethod(_no_layout)
+
+    @staticmethod
+    def convert_layout(value: Any, layout: Any, assert_trivial: bool = False) -> Any:
+        return value
+
+    @staticmethod
+    def thread_barrier() -> None:
+        pass
+
+    @staticmethod
+    def arange(start: int, end: int, layout: Any) -> Any:
+        return tl.arange(start, end)
+
+    @staticmethod
+    def zeros(shape: Any, dtype: Any, layout: Any) -> Any:
+        return tl.zeros(shape, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tl, name)
+
+
+def _copy(shared: _Shared, pointers: Any, mask: Any = None) -> None:
+    shared.store(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0))
+
+
+def mma_v2(a: Any, b: Any, accumulator: Any) -> Any:
+    """a b + accumulator in fp32."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+
+
+gl = _Language()
+async_copy = SimpleNamespace(
+    async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda groups: None
+)

@@ -1,0 +1,233 @@
+"""ssu_simple: selective_state_update for many tokens, written by ssmgen.
+
+arch    sm_90
+plan    simple 16x128 warps=2
+config  family=ssu dtype=bf16 index_dtype=int64 aligned=True pdl=True dt_dtype=fp32
+        weight_dtype=fp32 a_dtype=fp32 state_dtype=int8 state_scale_t=fp32 rounding=stochastic
+        philox_rounds=10 dim=64 dstate=128 ntokens=6 has_z=False has_d=True has_dt_bias=True
+        dt_softplus=True tie_hdim=True has_dst=True update_state=True seqlens_dtype=int32
+        accepted_dtype=int32 parents_dtype=int32 dst_tokens=True has_intermediate=False
+        entry_dtype=None
+key     ...
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softplus(v):
+    # log(1 + e^v) = max(v, 0) + log1p(t), t = e^-|v|. The polynomial is log1p(t) / t on [0, 1],
+    # minimax of degree 9, relative error 5e-9.
+    t = tl.exp(-tl.abs(v))
+    p = -0.0032440251670777798 * t + 0.01985146291553974
+    p = p * t - 0.05695953592658043
+    p = p * t + 0.10603655129671097
+    p = p * t - 0.15305592119693756
+    p = p * t + 0.1967593878507614
+    p = p * t - 0.24954134225845337
+    p = p * t + 0.3332996368408203
+    p = p * t - 0.4999990165233612
+    p = p * t + 1.0
+    return tl.maximum(v, 0.0) + p * t
+
+
+@triton.jit
+def random_words(seed, octet, token, slot, head):
+    # Philox-4x32-10, counter (octet, token, slot, head): four words for the eight elements of an
+    # octet, two 16-bit halves each, the even element in the low half.
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = octet.to(tl.uint32)
+    c1 = tl.zeros_like(c0) + token
+    c2 = tl.zeros_like(c0) + slot.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + head.to(tl.uint32)
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    words = words.reshape(octet.shape[0], octet.shape[1], 4)
+    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 8)
+
+
+@triton.jit
+def max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_scale(h):
+    # The row's largest magnitude encodes as 127 (1 - 2^-21), so that no rounding passes
+    # 127. A zero row has scale 1; a row with inf or NaN has scale NaN, so none is lost.
+    peak = tl.reduce(tl.abs(h), 1, max_or_nan)
+    bounded = tl.maximum(peak, 7.888609052210118e-31)
+    encode = 126.99993944168091 / bounded
+    scale = bounded * 0.007874019502656579
+    scale = tl.where(peak < float("inf"), scale, float("nan"))
+    return encode, tl.where(peak == 0.0, 1.0, scale)
+
+
+@triton.jit
+def encode_state(h, encode, bits):
+    # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+    # The noise is (bits + 0.5) / 65536 - 0.5.
+    noise = (0x3F800000 | ((bits & 0xFFFF) << 7)).to(tl.float32, bitcast=True)
+    noise -= 1.4999923706054688
+    q = tl.fma(h, encode, noise) + 12582912.0
+    return q.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def ssu_simple(
+    state,
+    state_scale,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    out,
+    slots,
+    dst_slots,
+    seed,
+    seqlens,
+    accepted,
+    parents,
+    state_slot_stride,
+    scale_slot_stride,
+    x_token_stride,
+    x_head_stride,
+    dt_token_stride,
+    dt_head_stride,
+    A_head_stride,
+    B_token_stride,
+    B_group_stride,
+    C_token_stride,
+    C_group_stride,
+    D_head_stride,
+    dt_bias_head_stride,
+    out_token_stride,
+    out_head_stride,
+    slots_stride,
+    slots_column_stride,
+    slots_width,
+    dst_slots_stride,
+    dst_slots_column_stride,
+    accepted_stride,
+    parents_row_stride,
+    total,
+    pad_slot_id,
+    group_recip,
+):
+    DIM: tl.constexpr = 64
+    DSTATE: tl.constexpr = 128
+
+    program = tl.program_id(0)
+    head = program // 4
+    batch = tl.program_id(1)
+    begin = tl.load(seqlens + batch)
+    end = tl.load(seqlens + batch + 1)
+    broken = (begin < 0) | (end > total) | (end - begin > 6)
+    begin = tl.minimum(tl.maximum(begin, 0), total).to(tl.int32)
+    length = tl.minimum(tl.maximum(end, 0), total).to(tl.int32) - begin
+    tokens = tl.arange(0, 8)
+    parents_row = parents + batch * parents_row_stride
+    given = tokens < tl.minimum(length, 6)
+    before = tl.load(parents_row + tokens, mask=given, other=-1)
+    astray = (before < -1) | (before >= tokens)
+    broken |= tl.max(astray.to(tl.int32), axis=0) > 0
+    column = tl.maximum(tl.load(accepted + batch * accepted_stride), 1) - 1
+    broken |= column >= slots_width
+    column = tl.minimum(column, slots_width - 1)
+    source = slots + batch * slots_stride + column * slots_column_stride
+    slot = tl.load(source).to(tl.int64)
+    live = slot != pad_slot_id
+    dst_row = dst_slots + batch * dst_slots_stride
+    first = program % 4 * 16
+    rows = tl.arange(0, 16)
+    cols = tl.arange(0, 128)
+    out_rows = out + begin * out_token_stride + head * out_head_stride + first
+
+    if broken | (length < 1):
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        nan = tl.full([16], float("nan"), tl.float32).to(tl.bfloat16)
+        for token in tl.range(length):
+            tl.store(out_rows + token * out_token_stride + rows, nan)
+        return
+
+    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
+    pool_scale = state_scale + slot * scale_slot_stride + head * DIM
+    offsets = rows[:, None] * DSTATE + cols[None, :]
+    tile = pool + first * DSTATE
+    stored = tl.load(tile + offsets, mask=live, other=0)
+    scale = tl.load(pool_scale + first + rows, mask=live, other=1.0)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+    dt_head = dt + begin * dt_token_stride + head * dt_head_stride
+    bias_ = tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
+    A_ = tl.load(A + head * A_head_stride).to(tl.float32)
+    D_ = tl.load(D + head * D_head_stride).to(tl.float32)
+    group = tl.umulhi((2 * head + 1).to(tl.uint32), group_recip).to(tl.int32)
+    B_group = B + begin * B_token_stride + group * B_group_stride
+    C_group = C + begin * C_token_stride + group * C_group_stride
+    x_rows = x + begin * x_token_stride + head * x_head_stride + first
+    seed_ = tl.load(seed).to(tl.uint64)
+
+    h = stored.to(tl.float32) * scale[:, None]
+    start = h
+    for token in tl.range(length):
+        parent = tl.load(parents_row + token).to(tl.int32)
+        if parent != token - 1:
+            # Back to the slot's state, then along the path to the parent.
+            h = start
+            reached = -1
+            while reached != parent:
+                passed = parent
+                above = tl.load(parents_row + passed).to(tl.int32)
+                while above != reached:
+                    passed = above
+                    above = tl.load(parents_row + passed).to(tl.int32)
+                dt_ = tl.load(dt_head + passed * dt_token_stride).to(tl.float32)
+                dt_ += bias_
+                dt_ = softplus(dt_)
+                decay = tl.exp(A_ * dt_)
+                B_token = B_group + passed * B_token_stride
+                B_ = tl.load(B_token + cols).to(tl.float32)
+                x_ = tl.load(x_rows + passed * x_token_stride + rows).to(tl.float32)
+                h *= decay
+                h += (x_ * dt_)[:, None] * B_[None, :]
+                reached = passed
+        dt_ = tl.load(dt_head + token * dt_token_stride).to(tl.float32)
+        dt_ += bias_
+        dt_ = softplus(dt_)
+        decay = tl.exp(A_ * dt_)
+        B_token = B_group + token * B_token_stride
+        B_ = tl.load(B_token + cols).to(tl.float32)
+        x_ = tl.load(x_rows + token * x_token_stride + rows).to(tl.float32)
+        h *= decay
+        h += (x_ * dt_)[:, None] * B_[None, :]
+        C_token = C_group + token * C_token_stride
+        C_ = tl.load(C_token + cols).to(tl.float32)
+        y = tl.sum(h * C_[None, :], axis=1)
+        y += x_ * D_
+        tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))
+        dst = tl.load(dst_row + token * dst_slots_column_stride).to(tl.int64)
+        kept = live & (dst != pad_slot_id)
+        dst_pool = state + dst * state_slot_stride + head * (DIM * DSTATE)
+        dst_pool_scale = state_scale + dst * scale_slot_stride + head * DIM
+        octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]
+        bits = random_words(seed_, octets, token, dst, head)
+        encode, scale = row_scale(h)
+        new = encode_state(h, encode[:, None], bits)
+        tl.store(dst_pool + first * DSTATE + offsets, new, mask=kept)
+        tl.store(dst_pool_scale + first + rows, scale, mask=kept)

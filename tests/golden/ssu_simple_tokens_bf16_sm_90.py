@@ -1,0 +1,133 @@
+"""ssu_simple: selective_state_update for many tokens, written by ssmgen.
+
+arch    sm_90
+plan    simple 16x128 warps=2
+config  family=ssu dtype=bf16 index_dtype=int64 aligned=True pdl=False dt_dtype=fp32
+        weight_dtype=fp32 a_dtype=fp32 state_dtype=bf16 state_scale_t=None rounding=nearest
+        philox_rounds=0 dim=64 dstate=128 ntokens=6 has_z=True has_d=True has_dt_bias=True
+        dt_softplus=True tie_hdim=True has_dst=False update_state=True seqlens_dtype=None
+        accepted_dtype=None parents_dtype=None dst_tokens=False has_intermediate=True
+        entry_dtype=None
+key     ...
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softplus(v):
+    # log(1 + e^v) = max(v, 0) + log1p(t), t = e^-|v|. The polynomial is log1p(t) / t on [0, 1],
+    # minimax of degree 9, relative error 5e-9.
+    t = tl.exp(-tl.abs(v))
+    p = -0.0032440251670777798 * t + 0.01985146291553974
+    p = p * t - 0.05695953592658043
+    p = p * t + 0.10603655129671097
+    p = p * t - 0.15305592119693756
+    p = p * t + 0.1967593878507614
+    p = p * t - 0.24954134225845337
+    p = p * t + 0.3332996368408203
+    p = p * t - 0.4999990165233612
+    p = p * t + 1.0
+    return tl.maximum(v, 0.0) + p * t
+
+
+@triton.jit
+def silu(v):
+    return v / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def ssu_simple(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    out,
+    slots,
+    buffer,
+    state_slot_stride,
+    x_row_stride,
+    x_token_stride,
+    x_head_stride,
+    dt_row_stride,
+    dt_token_stride,
+    dt_head_stride,
+    A_head_stride,
+    B_row_stride,
+    B_token_stride,
+    B_group_stride,
+    C_row_stride,
+    C_token_stride,
+    C_group_stride,
+    D_head_stride,
+    z_row_stride,
+    z_token_stride,
+    z_head_stride,
+    dt_bias_head_stride,
+    out_row_stride,
+    out_token_stride,
+    out_head_stride,
+    slots_stride,
+    buffer_entry_stride,
+    buffer_token_stride,
+    pad_slot_id,
+    group_recip,
+):
+    DIM: tl.constexpr = 64
+    DSTATE: tl.constexpr = 128
+
+    program = tl.program_id(0)
+    head = program // 4
+    batch = tl.program_id(1)
+    slot = tl.load(slots + batch * slots_stride).to(tl.int64)
+    live = slot != pad_slot_id
+    first = program % 4 * 16
+    rows = tl.arange(0, 16)
+    cols = tl.arange(0, 128)
+    out_rows = out + batch * out_row_stride + head * out_head_stride + first
+
+    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
+    entry_pool = buffer + slot * buffer_entry_stride + head * (DIM * DSTATE)
+    offsets = rows[:, None] * DSTATE + cols[None, :]
+    tile = pool + first * DSTATE
+    stored = tl.load(tile + offsets, mask=live, other=0)
+
+    dt_head = dt + batch * dt_row_stride + head * dt_head_stride
+    bias_ = tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
+    A_ = tl.load(A + head * A_head_stride).to(tl.float32)
+    D_ = tl.load(D + head * D_head_stride).to(tl.float32)
+    group = tl.umulhi((2 * head + 1).to(tl.uint32), group_recip).to(tl.int32)
+    B_group = B + batch * B_row_stride + group * B_group_stride
+    C_group = C + batch * C_row_stride + group * C_group_stride
+    x_rows = x + batch * x_row_stride + head * x_head_stride + first
+    z_rows = z + batch * z_row_stride + head * z_head_stride + first
+
+    h = stored.to(tl.float32)
+    for token in tl.range(6):
+        dt_ = tl.load(dt_head + token * dt_token_stride).to(tl.float32)
+        dt_ += bias_
+        dt_ = softplus(dt_)
+        decay = tl.exp(A_ * dt_)
+        B_token = B_group + token * B_token_stride
+        B_ = tl.load(B_token + cols).to(tl.float32)
+        x_ = tl.load(x_rows + token * x_token_stride + rows).to(tl.float32)
+        h *= decay
+        h += (x_ * dt_)[:, None] * B_[None, :]
+        C_token = C_group + token * C_token_stride
+        C_ = tl.load(C_token + cols).to(tl.float32)
+        y = tl.sum(h * C_[None, :], axis=1)
+        y += x_ * D_
+        z_ = tl.load(z_rows + token * z_token_stride + rows)
+        y *= silu(z_.to(tl.float32))
+        tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))
+        new = h.to(tl.bfloat16)
+        tile = entry_pool + first * DSTATE + token * buffer_token_stride
+        tl.store(tile + offsets, new, mask=live)
+    new = h.to(tl.bfloat16)
+    tl.store(pool + first * DSTATE + offsets, new, mask=live)
