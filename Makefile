@@ -44,6 +44,7 @@ test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 
 bench: $(READY)  ## Measure the op on this GPU; writes benchmarks/results/.
 	@$(RUN) benchmarks/ssu.py
+	@$(RUN) benchmarks/tokens.py
 
 golden: $(READY)  ## Write tests/golden anew after a change of a template; read the diff.
 	@$(RUN) -m pytest --update-golden tests/golden/test_golden.py

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from harness import environment, save, warm_clocks
+from harness import environment, result, save, warm_clocks
 from problem import Problem
 
 import ssmgen
@@ -127,8 +126,7 @@ def main() -> None:
             text = "  ".join(f"{n} {t:.2f}" for n, t in cells[-1]["us"].items())
             print(f"{nheads:4} heads, batch {batch:3}: {text}", flush=True)
     content = {"environment": environment(), "bandwidth": copy_bandwidth(), "cells": cells}
-    gpu = content["environment"]["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
-    save(arguments.out or Path(__file__).parent / "results" / f"chain-{gpu}.json", content)
+    save(arguments.out or result("chain", content), content)
 
 
 if __name__ == "__main__":

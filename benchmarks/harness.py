@@ -49,6 +49,12 @@ def _driver() -> str:
     return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
 
 
+def result(name: str, content: dict[str, Any]) -> Path:
+    """The result file of a benchmark on the GPU that `content` was measured on."""
+    gpu = content["environment"]["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
+    return Path(__file__).parent / "results" / f"{name}-{gpu}.json"
+
+
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Write a result file."""
     path = Path(path)

@@ -12,7 +12,6 @@ the same run.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -47,11 +46,11 @@ def label(state: str, stochastic: bool, rounds: int) -> str:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from contestants import CONTESTANTS, FLUSHED_BELOW
+    from contestants import contest, line
     from harness import environment, warm_clocks
     from problem import Problem
 
-    from ssmgen.timing import copy_bandwidth, time_graph
+    from ssmgen.timing import copy_bandwidth
 
     warm_clocks()
     bandwidth = copy_bandwidth()
@@ -60,33 +59,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for grid, (state, stochastic, rounds) in itertools.product(arguments.grids, STATES):
         for batch in arguments.batches:
             p = Problem(batch, state, stochastic, rounds or 10, **GRIDS[grid])
-            cell: dict[str, Any] = {
-                "grid": grid,
-                "state": label(state, stochastic, rounds),
-                "batch": batch,
-                "floor_us": p.bytes / bandwidth * 1e6,
-                "us": {},
-                "wrong": {},
-            }
-            for name, make in CONTESTANTS.items():
-                if (launch := make(p)) is None:
-                    continue
-                try:
-                    absolute = FLUSHED_BELOW.get(name, 0.0) if stochastic else 0.0
-                    if wrong := p.verify(launch, absolute=max(absolute, 2.0**-24)):
-                        cell["wrong"][name] = wrong
-                        continue
-                except Exception as error:
-                    cell["wrong"][name] = f"{type(error).__name__}: {str(error)[:200]}"
-                    continue
-                cell["us"][name] = time_graph([functools.partial(launch, i) for i in range(p.sets)])
-            cells.append(cell)
-            text = "  ".join(
-                f"{n} {t:.2f} ({100 * cell['floor_us'] / t:.0f}%)" for n, t in cell["us"].items()
-            )
-            wrong = f"  WRONG {cell['wrong']}" if cell["wrong"] else ""
-            head = f"{grid:10} {cell['state']:18} {batch:5} floor {cell['floor_us']:8.2f}"
-            print(f"{head}  {text}{wrong}", flush=True)
+            key = {"grid": grid, "state": label(state, stochastic, rounds), "batch": batch}
+            cells.append(key | contest(p, bandwidth))
+            head = f"{grid:10} {key['state']:18} {batch:5}"
+            print(f"{head} {line(cells[-1])}", flush=True)
             del p
             torch.cuda.empty_cache()
     return {
@@ -256,11 +232,10 @@ def main() -> None:
     if arguments.plot:
         plot(json.loads(Path(arguments.plot[0]).read_text()), arguments.plot[1])
         return
-    from harness import save
+    from harness import result, save
 
     content = run(arguments)
-    gpu = content["environment"]["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
-    save(arguments.out or Path(__file__).parent / "results" / f"ssu-{gpu}.json", content)
+    save(arguments.out or result("ssu", content), content)
 
 
 if __name__ == "__main__":
