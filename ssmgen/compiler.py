@@ -80,7 +80,9 @@ def load_source(source: str, entry: str, decorate: Any) -> Any:
     # The module's ``triton`` is ours, so that no other thread sees another ``triton.jit``.
     ours = types.SimpleNamespace(jit=decorate)
     namespace: dict[str, Any] = {
-        "__name__": name.removesuffix(".py"), "triton": ours, "gluon": ours
+        "__name__": name.removesuffix(".py"),
+        "triton": ours,
+        "gluon": ours,
     }
     code = source.replace("\nimport triton\n", "\n\n", 1).replace(f"\n{_GLUON}\n", "\n\n", 1)
     exec(builtins.compile(code, name, "exec"), namespace)

@@ -42,8 +42,10 @@ def configs(draw, **fixed):
     if state != "fp32" and stores and draw(st.booleans()):
         fields["rounding"] = "stochastic"
         fields["philox_rounds"] = draw(st.sampled_from((None, 1, 5, 7, 16)))
+    fields["precision"] = draw(st.sampled_from(("fast", "exact")))
     algorithms = ["auto", "simple", "vertical", *([] if state in SCALED else ["horizontal"])]
-    if KernelConfig(**{**fields, **fixed}).many:
-        algorithms = ["auto", "simple"]
+    many = KernelConfig(**{**fields, **fixed})
+    if many.many:
+        algorithms = ["auto", "simple", *([] if many.outside_matrix() else ["matrix"])]
     fields["algorithm"] = draw(st.sampled_from(algorithms))
     return KernelConfig(**{**fields, **fixed})

@@ -67,6 +67,7 @@ def make_tokens(
     table_dtype: str = "int32",
     slots: int = 10,
     random: int = 0,
+    precision: str = "exact",
     **options: Any,
 ) -> Call:
     """One call of rows of `tokens`, or of sequences of `lengths` of at most `steps`.
@@ -101,6 +102,7 @@ def make_tokens(
     for name, (values, dtype) in tables.items():
         if values is not None:
             t[name] = torch.tensor(values, dtype=getattr(torch, dtype))
+    call.switches["precision"] = precision
     if buffer:
         shape = (slots, buffer, *t["state"].shape[1:])
         memory = torch.zeros(slots, buffer, t["state"][0].numel() + buffer_pitch)

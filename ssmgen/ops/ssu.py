@@ -77,7 +77,8 @@ def selective_state_update(
 
     ``state`` is updated in place (rounded; y comes from the unrounded h') and ``out`` is written
     and returned. Same signature as FlashInfer 0.7's function of that name, plus ``pdl``,
-    ``parent_tokens`` and ``precision``. The state stays in fp32 from the first token of a row to the last.
+    ``parent_tokens`` and ``precision``. The state stays in fp32 from the first token of a row to
+    the last.
 
     Args:
         state: (slots, nheads, dim, dstate) fp32, bf16, fp16, int16, int8 or float8_e4m3fn; slot

@@ -181,7 +181,7 @@ def test_a_captured_graph_follows_its_tables():
 def test_opcheck_and_compile():
     call = moved(make_tokens("bf16", "stochastic", **of("tree, all else")), "cuda")
     names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
-             "pdl", "cache_steps")  # fmt: skip
+             "pdl", "cache_steps", "precision")  # fmt: skip
     flat = (*(call.tensors.get(n) for n in ABI_TENSORS), *(call.switches[n] for n in names))
     torch.library.opcheck(torch.ops.ssmgen.selective_state_update.default, flat)
     want = moved(call, "cuda")

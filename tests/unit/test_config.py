@@ -43,11 +43,12 @@ KNOWN_JSON = (
     '"dt_softplus":true,"dtype":"fp16","entry_dtype":null,"family":"ssu","has_d":true,'
     '"has_dst":false,"has_dt_bias":true,"has_intermediate":false,"has_z":true,'
     '"index_dtype":"int32","ntokens":1,"parents_dtype":null,"pdl":false,"philox_rounds":7,'
+    '"precision":"fast",'
     '"rounding":"stochastic","schema":1,"seqlens_dtype":null,'
     '"state_dtype":"int8","state_scale_t":"fp32","tie_hdim":true,"update_state":true,'
     '"weight_dtype":"fp32"}'
 )
-KNOWN_HASH = "85e534f726fedc8bece62a0ac1499d79de118872e33a914a5f6b67ae14430ca1"
+KNOWN_HASH = "d7ad4961775d6199b066300dd34cf2df26179aadc7c89fb35aed353d43e1fa99"
 
 
 def test_dtype_state_dtype_dim_and_dstate_are_enough_to_start():
@@ -148,6 +149,33 @@ ILLEGAL = [
     ({"algorithm": "vertical", "parents_dtype": "int32"}, "algorithm"),
     ({"accepted_dtype": "int32", "index_dtype": None}, "accepted_dtype"),
     ({"dst_tokens": True, "ntokens": 2}, "dst_tokens"),
+    *(
+        ({"algorithm": "matrix", "ntokens": 6, **{name: value}}, name)
+        for name, value in (
+            ("ntokens", 1),
+            ("ntokens", 17),
+            ("dtype", "fp16"),
+            ("state_dtype", "int8"),
+            ("dim", 72),
+            ("dstate", 96),
+            ("dstate", 8),
+            ("dstate", 512),
+            ("tie_hdim", False),
+            ("aligned", False),
+            ("pdl", True),
+            ("seqlens_dtype", "int32"),
+            ("accepted_dtype", "int32"),
+            ("parents_dtype", "int64"),
+            ("has_intermediate", True),
+            ("precision", "exact"),
+        )
+    ),
+    ({"algorithm": "matrix", "ntokens": 6, "state_dtype": "fp16", "dstate": 16}, "dstate"),
+    (
+        {"algorithm": "matrix", "ntokens": 6, "state_dtype": "fp16", "rounding": "stochastic"},
+        "rounding",
+    ),
+    ({"algorithm": "matrix", "ntokens": 6, "has_dst": True, "dst_tokens": True}, "dst_tokens"),
     ({"dst_tokens": True, "has_dst": True}, "dst_tokens"),
     ({"entry_dtype": "int32", "ntokens": 2}, "entry_dtype"),
 ]
@@ -274,14 +302,19 @@ def test_every_process_hash_seed_and_python_gives_the_same_hash():
             assert run.stdout.strip() == KNOWN_HASH, path
 
 
+DISPATCH = {"algorithm", "batch_invariant", "precision"}
+
+
 def test_dispatch_fields_are_no_part_of_the_key():
     config = KernelConfig(state_dtype="fp16")
     plan = dispatch(config, Arch.of("sm_90"))[-1].plan
     keys = set()
     for algorithm in ("auto", plan.algorithm):
-        for invariant in (False, True):
-            asked = config.replace(algorithm=algorithm, batch_invariant=invariant)
-            assert not {"algorithm", "batch_invariant"} & asked.key_fields().keys()
+        for invariant, precision in ((False, "exact"), (True, "fast")):
+            asked = config.replace(
+                algorithm=algorithm, batch_invariant=invariant, precision=precision
+            )
+            assert not DISPATCH & asked.key_fields().keys()
             keys.add(key(asked, plan, Arch.of("sm_90")))
     assert len(keys) == 1
 
@@ -291,8 +324,7 @@ def test_every_other_field_is_part_of_the_key(one, other):
     plan, arch = dispatch(KernelConfig(), Arch.of("sm_90"))[-1].plan, Arch.of("sm_90")
     same = one.key_fields() == other.key_fields()
     assert same == (key(one, plan, arch) == key(other, plan, arch))
-    aside = {"algorithm", "batch_invariant"}
-    assert one.key_fields().keys() == one.fields().keys() - aside
+    assert one.key_fields().keys() == one.fields().keys() - DISPATCH
 
 
 def test_replace_resolves_derived_fields_anew():

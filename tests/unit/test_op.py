@@ -25,7 +25,7 @@ from ssmgen.ops import ssu as module
 
 SWITCHES = (
     "dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm", "pdl",
-    "cache_steps",
+    "cache_steps", "precision",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def flat(call):
     """The arguments of the registered op."""
     return (
         *(call.tensors.get(name) for name in ABI_TENSORS),
-        *({"cache_steps": 0, **call.switches}[name] for name in SWITCHES),
+        *({"cache_steps": 0, "precision": "fast", **call.switches}[name] for name in SWITCHES),
     )
 
 
@@ -147,12 +147,14 @@ def test_arguments_are_in_flashinfers_order_with_its_defaults():
         "cu_seqlens", "num_accepted_tokens", "backend",
     ]  # fmt: skip
     assert [n for n, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == names
-    assert [n for n, p in found.items() if p.kind is p.KEYWORD_ONLY] == ["pdl", "parent_tokens"]
+    own = ["pdl", "parent_tokens", "precision"]
+    assert [n for n, p in found.items() if p.kind is p.KEYWORD_ONLY] == own
     required = {"state", "x", "dt", "A", "B", "C"}
     assert {n for n, p in found.items() if p.default is p.empty} == required
     other = {
         "dt_softplus": False, "pad_slot_id": -1, "disable_state_update": False, "pdl": False,
         "philox_rounds": 10, "cache_steps": 0, "algorithm": "auto", "backend": "auto",
+        "precision": "fast",
     }  # fmt: skip
     for name, parameter in found.items():
         if name not in required:
