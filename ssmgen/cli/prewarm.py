@@ -50,6 +50,14 @@ def prewarm(
             help="Architecture to compile for; repeat it for more. Left out: that of the GPU here."
         ),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only what this GPU needs, by the name its driver gives (NVIDIA H200). Left out: "
+            "what any GPU of the architecture may need.",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Processes to compile in; left out: one a core."),
@@ -102,7 +110,7 @@ def prewarm(
         pairs = [(c, a) for a in _archs(arch or []) for c in configs]
         if not dry_run:
             _writable(report)
-        wanted = expand(pairs)
+        wanted = expand(pairs, gpu)
     except SsmgenError as error:
         raise typer.BadParameter(str(error)) from None
     if dry_run:
@@ -112,7 +120,7 @@ def prewarm(
     cluster = None if executor is None else _connect(executor)
     try:
         with _display(console) as progress:
-            result = compile_all(pairs, executor=cluster, workers=jobs, progress=progress)
+            result = compile_all(pairs, gpu=gpu, executor=cluster, workers=jobs, progress=progress)
     except KeyboardInterrupt:
         console.print("Interrupted. What was built is in the store; the same command goes on.")
         raise typer.Exit(130) from None
