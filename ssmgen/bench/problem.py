@@ -53,15 +53,20 @@ class Problem(ABC):
         """
 
     @abstractmethod
+    def call(self, which: int) -> Callable[[], Any]:
+        """The family's op on slot set `which`, as an engine calls it, with its arguments ready."""
+
     def launch(self, which: int) -> None:
-        """The family's op on slot set `which`, as an engine calls it."""
+        """The family's op on slot set `which`."""
+        self.call(which)()
 
     @abstractmethod
     def verify(self, launch: Launch, which: int = 0, rows: int = 32, forgiven: float = 0.0) -> str:
         """Run ``launch(which)`` on poisoned outputs and compare it with fp64.
 
-        What is compared is `rows` rows of the batch. State elements may be off by `forgiven`
-        besides what rounding allows. Returns what is wrong, or "".
+        Where it returns a tensor, that is the output. What is compared is `rows` rows of the
+        batch. State elements may be off by `forgiven` besides what rounding allows. Returns what
+        is wrong, or "".
         """
 
 

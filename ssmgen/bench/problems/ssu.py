@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...families.ssu.config import ITEMSIZE, SCALED, SsuConfig
-from ...reference import dequantise, quantise, ssu_step
-from ...reference.tables import Rows, read_tables
+from ...reference import quantise
 from ..problem import POOL_BYTES, Launch, Problem
 
 __all__ = ["PROBLEM", "SsuProblem", "moved"]
@@ -28,12 +29,16 @@ DTYPES = {
     "int8": torch.int8,
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
-TABLES = (
-    "state_batch_indices",
-    "dst_state_batch_indices",
-    "intermediate_state_indices",
-    "num_accepted_tokens",
-)
+# What the op takes where nothing is said.
+SWITCHES = {
+    "dt_softplus": False,
+    "disable_state_update": False,
+    "philox_rounds": 10,
+    "cache_steps": 0,
+    "algorithm": "auto",
+    "pdl": False,
+    "precision": "fast",
+}
 
 
 def groups(nheads: int) -> int:
@@ -254,159 +259,20 @@ class SsuProblem(Problem):
             "precision": c.precision,
         }
 
-    def launch(self, which: int) -> None:
+    def call(self, which: int) -> Callable[[], Any]:
         from ...ops.ssu import selective_state_update
 
-        selective_state_update(**self.arguments(which))
+        given = {
+            name: value
+            for name, value in self.arguments(which).items()
+            if value is not None and value != SWITCHES.get(name)
+        }
+        return functools.partial(selective_state_update, **given)
 
     def verify(self, launch: Launch, which: int = 0, rows: int = 32, forgiven: float = 0.0) -> str:
-        """As `Problem.verify`, with bounds wide enough for kernels built with fast-math.
+        from ._ssu_check import Check
 
-        An output may be off by two units of its dtype; a state element by two units of its
-        storage, by 2^-13 of what was added up to it (a softplus of the form log(1 + e^v) is off
-        by 2^-14 where dt is 1e-3), and by 2^-24.
-        """
-        c = self.config
-        arguments = self.arguments(which)
-        tables = _tables(arguments)
-        keep = self._chosen(tables, rows)
-        x, dt, B, C, z = (self._rows(name, keep) for name in ("x", "dt", "B", "C", "z"))
-        D, bias = self.inputs.get("D"), self.inputs.get("dt_bias")
-        pool, buffer = _pools(arguments)
-        # Of each row the state before its tokens, then after each, and the magnitudes in it.
-        states = [_stored(*pool, tables.source[keep])]
-        sums = [states[0].abs()]
-        before = _checksums(*pool)
-        self.out.fill_(math.nan)
-        for poisoned in buffer:
-            if poisoned is not None:
-                _bytes(poisoned).fill_(0xFF)
-
-        launch(which)
-        if self.out.is_cuda:
-            torch.cuda.synchronize()
-
-        if not torch.isfinite(self.out).all():
-            return "output not written everywhere"
-        out = self.out.reshape(self.batch, c.ntokens, self.nheads, c.dim)[keep].double()
-        unit = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 2.0**-12}[c.dtype]
-        touched: dict[str, list[Tensor]] = {"pool": [], "buffer": []}
-        for token in range(c.ntokens):
-            h, terms = states[-1], sums[-1]
-            if tables.parents is not None:
-                parents = (tables.parents[keep, token] + 1).tolist()
-                h = torch.stack([states[p][i] for i, p in enumerate(parents)])
-                terms = torch.stack([sums[p][i] for i, p in enumerate(parents)])
-            y, new = ssu_step(
-                h, x[:, token], dt[:, token], self.inputs["A"], B[:, token], C[:, token], D,
-                None if z is None else z[:, token], bias, dt_softplus=c.dt_softplus,
-                compute_dtype=torch.float64,
-            )  # fmt: skip
-            terms = terms + new.abs()
-            error = ((out[:, token] - y).abs() - unit * y.abs()).max().item()
-            if not error <= 1e-4:
-                return f"output{self._of(token)} off by {error:.2e}"
-            written: list[tuple[str, Memory, tuple[Tensor, Tensor]]] = []
-            if c.update_state:
-                written.append(("pool", pool, tables.targets(token)))
-            if c.has_intermediate:
-                states_, scales = (None if t is None else t[:, token] for t in buffer)
-                written.append(("buffer", (states_, scales), tables.entries(token)))
-            for name, memory, (among, at) in written:
-                touched[name].append(at)
-                mine, place = torch.where(among[None] == keep[:, None])
-                found = _stored(*memory, at[place])
-                allowed = self._unit(new[mine]) * 2 + terms[mine] * 2.0**-13 + 2.0**-24 + forgiven
-                share = ((found - new[mine]).abs() / allowed).amax().item() if len(mine) else 0.0
-                if not share <= 1:
-                    return f"state{self._of(token)} off by {share:.2f} of what is allowed"
-            if tables.parents is None:
-                states, sums = [new], [terms]
-            else:
-                states.append(new)
-                sums.append(terms)
-        changed = before != _checksums(*pool)
-        if changed[_others(changed, touched["pool"])].any():
-            return "a slot that was not named has changed"
-        if buffer[0] is not None:
-            blank = torch.tensor([(_bytes(e) == 0xFF).all() for e in buffer[0]])
-            if not blank[_others(blank, touched["buffer"]).cpu()].all():
-                return "an entry that was not named was written"
-        return ""
-
-    def _of(self, token: int) -> str:
-        return f" of token {token}" if self.config.many else ""
-
-    def _unit(self, values: Tensor) -> Tensor:
-        """The distance of neighbouring numbers of the state's dtype, at most, at `values`."""
-        state = self.config.state_dtype
-        if state in SCALED:
-            # A row's largest element is the largest code, of whose top binade e4m3 has 14 steps.
-            largest = {"int16": 32767, "int8": 127, "fp8_e4m3fn": 14}[state]
-            return (values.abs().amax(-1, keepdim=True) / largest).expand_as(values)
-        return values.abs() * 2.0 ** -{"fp32": 23, "fp16": 10, "bf16": 7}[state]
-
-    def _chosen(self, tables: Rows, rows: int) -> Tensor:
-        """`rows` rows of the batch from first to last, and that at the far end of memory."""
-        if rows >= self.batch:
-            return torch.arange(self.batch, device=self.device)
-        chosen = torch.linspace(0, self.batch - 1, rows, device=self.device).long()
-        far = [tables.source.argmax()]
-        if self.config.has_intermediate:
-            among, entries = tables.entries(0)
-            far.append(among[entries.argmax()])
-        return torch.cat([chosen, torch.stack(far)]).unique()
-
-    def _rows(self, name: str, keep: Tensor) -> Any:
-        """An input of the rows of `keep`, with an axis of tokens; None if the config has none."""
-        tensor = self.inputs.get(name)
-        if tensor is None:
-            return None
-        return tensor.reshape(self.batch, self.config.ntokens, *tensor.shape[-2:])[keep]
+        return Check(self, which, rows, forgiven).run(launch)
 
 
 PROBLEM = SsuProblem
-
-
-def _tables(arguments: dict[str, Any]) -> Rows:
-    names = ("state_batch_indices", "dst_state_batch_indices", "intermediate_states_buffer",
-             "intermediate_state_indices", "cu_seqlens", "cache_steps", "num_accepted_tokens",
-             "parent_tokens")  # fmt: skip
-    given = {n: arguments[n] for n in names if arguments.get(n) is not None}
-    return read_tables(arguments["x"], len(arguments["state"]), -1, **given)
-
-
-Memory = tuple[Any, Any]  # states, and their scales or None
-
-
-def _pools(arguments: dict[str, Any]) -> tuple[Memory, Memory]:
-    """The slots, and the intermediate buffer."""
-    return (
-        (arguments["state"], arguments["state_scale"]),
-        (arguments["intermediate_states_buffer"], arguments["intermediate_state_scales"]),
-    )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
-
-
-def _stored(state: Tensor, scale: Tensor | None, at: Tensor) -> Tensor:
-    """The states of slots or entries in fp64."""
-    # Not every device can index fp8.
-    rows = _bytes(state)[at].view(state.dtype)
-    return rows.double() if scale is None else dequantise(rows, scale[at], torch.float64)
-
-
-def _checksums(state: Tensor, scale: Tensor | None) -> Tensor:
-    """Of each slot a sum over its bits."""
-    total = state.view(torch.int32).flatten(1).sum(-1)
-    return total if scale is None else total + scale.view(torch.int32).flatten(1).sum(-1)
-
-
-def _others(like: Tensor, touched: list[Tensor]) -> Tensor:
-    """A mask of all places but those touched."""
-    mask = torch.ones(len(like), dtype=torch.bool, device=like.device)
-    for places in touched:
-        mask[places.to(like.device)] = False
-    return mask
