@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 from .problem import Launch
 
-__all__ = ["Recorded", "Times", "cold", "host_time", "interleaved", "noise"]
+__all__ = ["Record", "Recorded", "Times", "cold", "graph", "host_time", "in_turn", "interleaved",
+           "noise"]  # fmt: skip
 
 K = TypeVar("K", bound=Hashable)
 
@@ -76,19 +77,30 @@ def interleaved(
     Returns:
         `Times` by contestant, in the order of `contestants`.
     """
-    if record is None:
-        from ..timing import Graph
+    record = record or graph
+    recorded = {name: record(launches) for name, launches in contestants.items()}
+    return in_turn(recorded, rounds=rounds, replays=replays, warm_up=warm_up)
 
-        record = Graph
-    graphs = {name: record(launches) for name, launches in contestants.items()}
-    for graph in graphs.values():
-        graph.warm_up(warm_up)
-    found: dict[K, list[float]] = {name: [] for name in graphs}
-    order = list(graphs)
+
+def graph(launches: Sequence[Callable[[], Any]]) -> Recorded:
+    """The launches as one CUDA graph."""
+    from ..timing import Graph
+
+    return Graph(launches)
+
+
+def in_turn(
+    recorded: Mapping[K, Recorded], *, rounds: int = 7, replays: int = 3, warm_up: float = 30.0
+) -> dict[K, Times]:
+    """As `interleaved`, of what has been recorded."""
+    for each in recorded.values():
+        each.warm_up(warm_up)
+    found: dict[K, list[float]] = {name: [] for name in recorded}
+    order = list(recorded)
     for _ in range(rounds):
         for name in order:
-            graphs[name].replay()
-            turn = [graphs[name].replay() for _ in range(replays)]
+            recorded[name].replay()
+            turn = [recorded[name].replay() for _ in range(replays)]
             found[name].append(statistics.median(turn))
         order.reverse()
     return {name: Times(tuple(times)) for name, times in found.items()}

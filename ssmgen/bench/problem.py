@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import KernelConfig
 from ..families import spec
+from ..plan import Plan, dispatch
 
 if TYPE_CHECKING:
+    from ..arch import Arch
     from ..launcher import Function
-    from ..plan import Plan
 
-__all__ = ["POOL_BYTES", "Launch", "Problem", "make", "planned"]
+__all__ = ["POOL_BYTES", "Launch", "Problem", "make", "plan_of", "planned"]
 
 # Larger than the L2 of any GPU, several times over.
 POOL_BYTES = 512 * 2**20
@@ -38,6 +39,7 @@ class Problem(ABC):
     config: KernelConfig
     batch: int
     nheads: int
+    device: str
     sets: int
 
     @property
@@ -82,6 +84,13 @@ def make(
     """The problem of a config; `shape` is what the family's config leaves open (ssu: ngroups)."""
     module = importlib.import_module(f"{__package__}.problems.{config.family}")
     return module.PROBLEM(config, batch, nheads, device=device, pool_bytes=pool_bytes, **shape)
+
+
+def plan_of(problem: Problem, arch: Arch) -> Plan:
+    """The plan that serves a problem on `arch`."""
+    work = problem.batch * problem.nheads
+    choices = dispatch(problem.config, arch)
+    return next(c.plan for c in choices if c.limit is None or work <= c.limit)
 
 
 def planned(problem: Problem, function: Function, plan: Plan) -> Launch:

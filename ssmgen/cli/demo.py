@@ -230,12 +230,15 @@ def _run_all(
 def _interpreted(
     config: SsuConfig, shape: dict[str, Any], arch: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from ..arch import Arch
+    from ..bench.problem import plan_of
     from ..bench.problems.ssu import SsuProblem
-    from .trial import interpret, judge, plan_of
+    from .trial import interpret, judge
 
     problem = SsuProblem(config, **shape, device="cpu", pool_bytes=0)
-    verdict = judge(problem, lambda: interpret(problem, arch))
-    return {"plan": plan_of(problem, arch).fields(), **verdict.errors()}, verdict.wrong
+    target = Arch.of(arch)
+    verdict = judge(problem, lambda: interpret(problem, target))
+    return {"plan": plan_of(problem, target).fields(), **verdict.errors()}, verdict.wrong
 
 
 def _on_gpu(
@@ -243,9 +246,10 @@ def _on_gpu(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     from ..arch import Arch
     from ..bench.measure import cold
+    from ..bench.problem import plan_of
     from ..bench.problems.ssu import SsuProblem
     from ..timing import time_graph
-    from .trial import judge, plan_of
+    from .trial import judge
 
     problem = SsuProblem(config, **shape)
     verdict = judge(problem, lambda: problem.launch(0))

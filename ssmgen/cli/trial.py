@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ..arch import Arch
+from ..bench.problem import plan_of
 from ..bench.problems.ssu import SsuProblem
 from ..families.ssu.contract import layout
-from ..plan import Plan, dispatch
 from ..reference import QMAX, ssu_step
 
-__all__ = ["Verdict", "interpret", "judge", "plan_of", "ulp"]
+__all__ = ["Verdict", "interpret", "judge", "ulp"]
 
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
@@ -48,14 +48,7 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full_like(values, info.eps / 2), exponent)
 
 
-def plan_of(problem: SsuProblem, arch: Arch | str) -> Plan:
-    """The plan that serves a problem on `arch`."""
-    work = problem.batch * problem.nheads
-    choices = dispatch(problem.config, Arch.of(arch))
-    return next(c.plan for c in choices if c.limit is None or work <= c.limit)
-
-
-def interpret(problem: SsuProblem, arch: Arch | str) -> None:
+def interpret(problem: SsuProblem, arch: Arch) -> None:
     """Run slot set 0 in Triton's interpreter, as `arch` would."""
     from ..interpreter import interpret
 

@@ -116,7 +116,7 @@ def test_a_process_compiles_after_it_has_interpreted(
 ) -> None:
     monkeypatch.setenv("SSMGEN_CACHE_DIR", str(tmp_path))
     problem = problem_of("int8", "stochastic")
-    interpret(problem, "sm_90")
+    interpret(problem, Arch.of("sm_90"))
     assert ssmgen.get_kernel(problem.config, arch="sm_90").artifact.cubin
 
 

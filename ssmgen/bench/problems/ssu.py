@@ -70,7 +70,7 @@ def moved(config: SsuConfig, batch: int, nheads: int, ngroups: int | None = None
 class SsuProblem(Problem):
     """Calls of selective_state_update.
 
-    x, B and C are views of one packed tensor, as the convolution before them leaves it. With
+    x, B and C are views of one tensor, `packed`, as the convolution before them leaves it. With
     several tokens every row has ``config.ntokens`` of them.
     """
 
@@ -149,12 +149,12 @@ class SsuProblem(Problem):
         elif c.many:
             lead = (self.batch, c.ntokens)
         dtype, weight = DTYPES[c.dtype], DTYPES[c.weight_dtype]
-        packed, out = (
+        self.packed, out = (
             self._placed(*lead, width)
             for width in (h * c.dim + 2 * g * c.dstate, h * c.dim)
         )  # fmt: skip
-        packed.copy_(torch.nn.functional.silu(self._randn(*packed.shape)))
-        x, B, C = packed.split([h * c.dim, g * c.dstate, g * c.dstate], dim=-1)
+        self.packed.copy_(torch.nn.functional.silu(self._randn(*self.packed.shape)))
+        x, B, C = self.packed.split([h * c.dim, g * c.dstate, g * c.dstate], dim=-1)
         per = 1 if c.tie_hdim else c.dim
         # The step is log-uniform in [1e-3, 1e-1], A uniform in [-16, -1]: Mamba2's own
         # initialisation. It comes from dt_bias, through the inverse of softplus, or from dt.
