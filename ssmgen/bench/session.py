@@ -1,0 +1,216 @@
+"""One run of a section: the contestants of every cell checked, then timed against each other."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..arch import Arch
+from ..errors import DeviceError
+from ..template import key as key_of
+from . import contestants, measure
+from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
+from .grid import GRIDS, Cell, Wanted
+from .problem import POOL_BYTES, Problem, make, plan_of
+
+__all__ = ["SCHEMA", "SECTIONS", "Session", "check", "contest", "environment", "run"]
+
+SCHEMA = 1
+SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")
+
+
+@dataclass
+class Session:
+    """What the sections of one run share. `note` hears (done, total, what is next)."""
+
+    wanted: Wanted = field(default_factory=Wanted)
+    names: Sequence[str] = NAMES
+    rounds: int = 7
+    arch: Arch | None = None
+    device: str = "cuda"
+    pool_bytes: int = POOL_BYTES
+    bandwidth: float | None = None
+    record: measure.Record = measure.graph
+    note: Callable[[int, int, str], None] = lambda done, total, text: None
+
+
+def run(section: str, session: Session) -> dict[str, Any]:
+    """Measure one of `SECTIONS`: the content of its result file.
+
+    After Ctrl-C it holds what was measured until then, and ``interrupted``.
+    """
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "section": section,
+        "environment": environment(),
+        "bandwidth": session.bandwidth,
+    }
+    if section in GRIDS:
+        _run_grid(section, session, result)
+    elif section == "chain":
+        from .chain import chain
+
+        chain(session, result)
+    elif section == "host":
+        from .host import host
+
+        host(session, result)
+    else:
+        from .jit import jit
+
+        jit(session, result)
+    return result
+
+
+def _run_grid(section: str, session: Session, result: dict[str, Any]) -> None:
+    cells = GRIDS[section](session.wanted)
+    result["cells"] = found = []
+    try:
+        compile_all(cells, session)
+        for done, cell in enumerate(cells):
+            session.note(done, len(cells), cell.name)
+            found.append(_measured(cell, session))
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    pairs = [(c["us"][OURS], c["again"]) for c in found if "again" in c]
+    result["noise"] = measure.noise(pairs)
+
+
+def compile_all(cells: Sequence[Cell], session: Session) -> None:
+    """Have what ssmgen will launch in the store, on all cores, before the first cell wants it."""
+    from ..prewarm import prewarm
+    from ..store import user_store
+
+    if session.arch is None or OURS not in session.names or user_store() is None:
+        return
+    session.note(0, len(cells), "compiling")
+    prewarm([(config, session.arch) for config in dict.fromkeys(c.config for c in cells)])
+
+
+def _measured(cell: Cell, session: Session) -> dict[str, Any]:
+    found: dict[str, Any] = dict(cell.key)
+    try:
+        problem = make(
+            cell.config,
+            cell.batch,
+            cell.nheads,
+            device=session.device,
+            pool_bytes=session.pool_bytes,
+        )
+    except torch.OutOfMemoryError:
+        reason = "the problem does not fit into the memory of this GPU"
+        return found | {"us": {}, "wrong": {}, "missing": dict.fromkeys(session.names, reason)}
+    if session.bandwidth:
+        found["floor_us"] = problem.bytes / session.bandwidth * 1e6
+    found |= contest(problem, session.names, rounds=session.rounds, record=session.record)
+    if session.arch is not None and OURS in found["us"]:
+        plan = plan_of(problem, session.arch)
+        found["kernel"] = {"key": key_of(problem.config, plan, session.arch), "plan": str(plan)}
+    # The memory of this cell, before that of the next one.
+    del problem
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def contest(
+    problem: Problem,
+    names: Sequence[str],
+    *,
+    rounds: int = 7,
+    record: measure.Record = measure.graph,
+) -> dict[str, Any]:
+    """Check every contestant of a problem against fp64, then time those that are right.
+
+    Returns:
+        us: microseconds a launch by contestant, the median of ``rounds``; again: a second
+        measurement of ssmgen's; wrong: what is wrong, by contestant, and no time; missing: why
+        one is not there, by contestant.
+    """
+    wrong: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    recorded: dict[str, measure.Recorded] = {}
+    for name in names:
+        try:
+            calls = adapter(name, problem.config.family)(problem)
+            if fault := check(name, problem, calls):
+                wrong[name] = fault
+                continue
+            recorded[name] = record(calls)
+        except Missing as reason:
+            missing[name] = str(reason)
+        except torch.OutOfMemoryError:
+            missing[name] = "out of memory"
+        except Exception as error:
+            _still_there(name, error)
+            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    if OURS in recorded:
+        recorded["again"] = record(adapter(OURS, problem.config.family)(problem))
+    times = measure.in_turn(recorded, rounds=rounds)
+    again = times.pop("again", None)
+    found: dict[str, Any] = {"us": {name: each.median for name, each in times.items()}}
+    if again is not None:
+        found["again"] = again.median
+    found["rounds"] = {name: list(each.rounds) for name, each in times.items()}
+    return found | {"wrong": wrong, "missing": missing}
+
+
+def check(name: str, problem: Problem, calls: Calls) -> str:
+    """What is wrong with a contestant's calls, or ""; a copy has nothing to be wrong."""
+    if name == COPY:
+        return ""
+    return problem.verify(lambda which: calls[which](), forgiven=forgiven(name, problem))
+
+
+def _still_there(name: str, error: Exception) -> None:
+    """Raise `DeviceError` if what a contestant did has taken the GPU with it."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        raise DeviceError(
+            f"bench: the GPU context was lost while {name} ran ({error}); leave it out with "
+            "--contestants"
+        ) from error
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with."""
+    found: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": _driver()}
+    return {
+        **found,
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "python": platform.python_version(),
+        "ssmgen": __version__,
+        **contestants.versions(),
+    }
+
+
+def _triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()
