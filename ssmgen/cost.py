@@ -71,21 +71,18 @@ MACHINES = {
 class Constants:
     """Microseconds, but for ``hiding`` (the exponent of the mean; more hides better), ``tail`` (how
     much of its last wave a launch waits for), ``serial`` and ``overlap`` (what of the lesser of
-    memory and issue shows in one wave, and how fast that goes with more) and ``together`` (the
-    exponent of warps a program, by which its instructions take longer)."""
+    memory and issue shows in one wave, and how fast that goes with more)."""
 
-    launch: float = 0.448
-    program: float = 0.000358
-    wait: float = 1.25
-    tile: float = 0.309
-    tile_ahead: float = 0.0483
-    ahead: float = 0.001
-    dependent: float = 0.00147
-    hiding: float = 2.84
-    tail: float = 1.26
-    serial: float = 0.0949
-    overlap: float = 0.61
-    together: float = 0.02
+    launch: float = 0.698
+    program: float = 0.000397
+    wait: float = 0.771
+    tile: float = 0.0904
+    tile_ahead: float = 0.0464
+    dependent: float = 0.00167
+    hiding: float = 2.39
+    tail: float = 2.41
+    serial: float = 0.06
+    overlap: float = 0.106
 
 
 CONSTANTS = Constants()
@@ -122,11 +119,9 @@ def estimate(work: Work, arch: Arch, c: Constants = CONSTANTS) -> Callable[[Any]
     issued = work.programs * work.warps * (work.prologue + work.steps * work.instructions)
     issued = issued / (4 * machine.sms * machine.clock)
     moved = work.bytes / machine.bandwidth
-    slower = (work.warps * 1.0) ** c.together  # the warps of a program wait for each other
-    issued = issued * slower
-    busy = c.dependent * work.instructions * slower
+    busy = c.dependent * work.instructions
     between = busy + c.tile + work.ahead * (c.tile_ahead - c.tile)
-    waiting = c.wait + busy + (work.steps - 1) * between + work.ahead * c.ahead
+    waiting = c.wait + busy + (work.steps - 1) * between
     power = c.hiding
 
     def microseconds(heads: Any) -> Any:

@@ -104,9 +104,7 @@ def gpus(facts: Facts, note: Note) -> None:
             note("problem", f"GPU {index}, {properties.name}: {error}", "use another GPU")
             continue
         gpu["arch"] = str(arch)
-        gpu["measured"] = {
-            family: _measured(family, arch, properties.name) for family in names()
-        }
+        gpu["measured"] = {family: _measured(family, arch, properties.name) for family in names()}
         for family, measured in gpu["measured"].items():
             if measured:
                 note("ok", f"GPU {index}: {family} has a dispatch table measured on {arch}")

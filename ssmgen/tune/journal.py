@@ -57,7 +57,9 @@ class Journal:
 
     def _same(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         if found.get("journal") != wanted["journal"]:
-            raise ConfigError(f"{self.path}: not a journal of this version; remove it to begin anew")
+            raise ConfigError(
+                f"{self.path}: not a journal of this version; remove it to begin anew"
+            )
         theirs, ours = found.get("identity") or {}, wanted["identity"]
         for name in dict.fromkeys((*theirs, *ours)):
             if theirs.get(name) != ours.get(name):

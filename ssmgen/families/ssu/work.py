@@ -21,22 +21,21 @@ __all__ = ["COUNTS", "Counts", "counted", "facts", "work"]
 @dataclass(frozen=True)
 class Counts:
     """Instructions: before the first tile and for each column a lane holds; for an element to be
-    loaded and stored, besides those of each token; more for an element with a scale, for fp8, for
+    loaded and stored, besides those of each token; more for an element with a scale, for
     stochastic rounding and for each of its rounds; for a row's sum over lanes. ``matrix`` is an
     element's in the matrix form, for each 8 tokens. ``bits`` is registers an element more when
     rounding is stochastic."""
 
-    prologue: float = 76.8
-    column: float = 10.6
-    element: float = 5.14
-    token: float = 9.04
-    scaled: float = 2.62
-    fp8: float = 0.02
-    stochastic: float = 6.24
-    round: float = 0.728
-    row: float = 18.1
-    matrix: float = 6.03
-    bits: float = 0.37
+    prologue: float = 62.1
+    column: float = 12.6
+    element: float = 3.61
+    token: float = 8.45
+    scaled: float = 0.831
+    stochastic: float = 6.0
+    round: float = 0.747
+    row: float = 23.7
+    matrix: float = 3.66
+    bits: float = 0.414
 
 
 COUNTS = Counts()
@@ -64,7 +63,6 @@ def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
         "elements": elements,
         "columns": min(elements, max(vector, plan.block_n / 32)),
         "scaled": scaled,
-        "fp8": config.state_dtype == "fp8_e4m3fn",
         "stochastic": config.rounding == "stochastic",
         "rounds": config.philox_rounds or 0,
         "tokens": tokens,
@@ -80,8 +78,7 @@ def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
 
 def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
     """The fields of `Work` from `facts`, which may be arrays."""
-    store = f["scaled"] * c.scaled + f["fp8"] * c.fp8
-    store = store + f["stochastic"] * (c.stochastic + c.round * f["rounds"])
+    store = f["scaled"] * c.scaled + f["stochastic"] * (c.stochastic + c.round * f["rounds"])
     loop = c.element + (f["tokens"] - 1) * c.token
     form = loop + (f["matrix"] > 0) * (c.element + c.matrix * f["matrix"] - loop)
     rows = f["elements"] / f["columns"]
