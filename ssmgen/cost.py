@@ -73,16 +73,16 @@ class Constants:
     much of its last wave a launch waits for), ``serial`` and ``overlap`` (what of the lesser of
     memory and issue shows in one wave, and how fast that goes with more)."""
 
-    launch: float = 0.698
-    program: float = 0.000397
-    wait: float = 0.771
-    tile: float = 0.0904
-    tile_ahead: float = 0.0464
-    dependent: float = 0.00167
-    hiding: float = 2.39
-    tail: float = 2.41
-    serial: float = 0.06
-    overlap: float = 0.106
+    launch: float = 0.86
+    program: float = 0.000241
+    wait: float = 0.808
+    tile: float = 0.239
+    tile_ahead: float = 0.0591
+    dependent: float = 0.00153
+    hiding: float = 2.41
+    tail: float = 1.4
+    serial: float = 0.0371
+    overlap: float = 0.0927
 
 
 CONSTANTS = Constants()

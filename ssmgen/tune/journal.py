@@ -68,9 +68,9 @@ class Journal:
                     f"{ours.get(name)!r}; remove it to begin anew, or write to another folder"
                 )
 
-    def add(self, cell: str, record: dict[str, Any]) -> None:
-        """Keep the record of a cell, on disk before this returns."""
-        self.cells[cell] = record = {"cell": cell, **record}
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep the record of the cell it names, on disk before this returns."""
+        self.cells[record["cell"]] = record
         self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ T = TypeVar("T", bound=Hashable)
 
 # Rounds before the first half goes, and before each later one.
 ROUNDS = 3
-# Entrants of the last stage, and the rounds it has at least and at most.
+# Entrants of the last stage, besides the one in use, and the rounds it has at least and at most.
 FINALISTS = 4
 LEAST, MOST = 8, 24
 # After this many rounds an entrant so far behind the first goes at once.
@@ -89,7 +89,7 @@ def race(
             # Every round begins somewhere else, so that no entrant always follows the same one.
             shift = done % len(alive)
             order = alive[shift:] + alive[:shift]
-            twice = len(alive) <= 2 * FINALISTS
+            twice = len(alive) <= 2 * FINALISTS + 1
             found = time_round([*order, present] if twice else order)
             for entrant, micro in zip(order, found):
                 times[entrant][done] = micro
@@ -100,7 +100,7 @@ def race(
         return True
 
     more = stage(ROUNDS)
-    while more and len(alive) > FINALISTS:
+    while more and len(alive) > FINALISTS + 1:
         ranked = _ranked(alive, times)
         first = ranked[0]
         keep = ranked[: max(FINALISTS, math.ceil(len(alive) / 2))]

@@ -61,18 +61,18 @@ def write_tables(
 
 
 def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The buckets of one key's records: neighbouring sizes share a plan that is within the noise
-    of the best at each of them; a limit lies between measured sizes."""
+    """The buckets of one key's records: neighbouring sizes share the plan that won at one of them if
+    it is within the noise of the best at the others; a limit lies between measured sizes."""
     records = sorted(records, key=lambda r: r["batch"] * r["nheads"])
     heads = [_reference(r) for r in records]
+    winners = [next(s for s in r["standings"] if s["plan"] == r["winner"]) for r in records]
+    eligible = {canonical_json(winner["table"]) for winner in winners}
     cells: list[dict[str, float]] = []
-    for record in records:
-        times = {
-            canonical_json(s["table"]): s["ratio"] for s in record["standings"] if s["rounds"] > 1
-        }
-        winner = next(s for s in record["standings"] if s["plan"] == record["winner"])
-        # The plan that is in use is kept where none was faster by more than the noise.
-        best = min([*times.values(), winner["ratio"]])
+    for record, winner in zip(records, winners):
+        times = {canonical_json(s["table"]): s["ratio"] for s in record["standings"]}
+        times = {plan: ratio for plan, ratio in times.items() if plan in eligible}
+        # The plan in use is kept where none was faster by more than the noise.
+        best = min(times.values())
         cells.append({**times, canonical_json(winner["table"]): best})
     chosen = cover(cells, [min(SLACK, record["noise"]) for record in records])
     rows: list[dict[str, Any]] = []

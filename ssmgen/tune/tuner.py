@@ -213,7 +213,7 @@ def _measure(
         for standing in record["standings"]:
             wanted = plans[cell.config][Plan(**standing["plan"])]
             standing["table"] = wanted.fields()
-        journal.add(str(cell), record)
+        journal.add(record)
         report.measured += 1
 
 
@@ -231,6 +231,7 @@ def measure_cell(
         outcome = race(chosen, cell.present, bench.round, seconds=left, clock=rig.clock)
     why = {plan: f"wrong: {text}" for plan, text in bench.wrong.items()} | out
     return {
+        "cell": str(cell),
         "family": cell.config.family,
         "key": cell.key,
         "config": cell.config.to_json(),

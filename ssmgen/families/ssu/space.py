@@ -21,12 +21,15 @@ VERTICAL = ((4, 3, 2), (4, 4, 4), (8, 1, 1), (8, 3, 2), (8, 4, 1))
 # What the compiler makes of these is slower, by 11% to 20%, than their like: nothing that an estimate
 # sees. (State, rounds of Philox): (rows, warps), or (rows, stages, split).
 AVOID = {
-    ("fp16", 5): ((16, 2),),
+    ("fp16", 0): ((32, 8),),
+    ("fp16", 5): ((16, 1), (16, 2)),
+    ("bf16", 0): ((32, 8),),
     ("bf16", 5): ((8, 1),),
     ("bf16", 10): ((16, 2),),
     ("int16", 0): ((32, 8),),
-    ("int8", 0): ((16, 1),),
-    ("int8", 10): ((16, 2), (4, 3, 2)),
+    ("int8", 0): ((16, 1), (4, 3, 2), (4, 4, 4)),
+    ("int8", 10): ((16, 2), (4, 3, 2), (4, 4, 4)),
+    ("fp8_e4m3fn", 10): ((4, 4, 4),),
 }
 # (rows, warps, cap on registers) for up to 8 tokens, for up to 16, and with an fp32 state
 MATRIX_8 = ((16, 1, None), (32, 2, None))

@@ -26,16 +26,16 @@ class Counts:
     element's in the matrix form, for each 8 tokens. ``bits`` is registers an element more when
     rounding is stochastic."""
 
-    prologue: float = 62.1
-    column: float = 12.6
-    element: float = 3.61
-    token: float = 8.45
-    scaled: float = 0.831
-    stochastic: float = 6.0
-    round: float = 0.747
-    row: float = 23.7
-    matrix: float = 3.66
-    bits: float = 0.414
+    prologue: float = 63.7
+    column: float = 11.7
+    element: float = 4.55
+    token: float = 8.07
+    scaled: float = 1.39
+    stochastic: float = 6.75
+    round: float = 0.695
+    row: float = 24.3
+    matrix: float = 3.84
+    bits: float = 0.41
 
 
 COUNTS = Counts()
