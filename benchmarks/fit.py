@@ -21,10 +21,9 @@ import numpy as np
 from ssmgen.arch import Arch
 from ssmgen.config import KernelConfig
 from ssmgen.cost import CONSTANTS, Constants, Work, estimate
-from ssmgen.errors import ConfigError
 from ssmgen.families import spec
 from ssmgen.families.ssu.work import COUNTS, Counts, counted, facts
-from ssmgen.plan import Plan
+from ssmgen.plan import Plan, fitted
 
 DATA = Path(__file__).parent / "results" / "plans-h200.json"
 LEFT_OUT = 1.2
@@ -50,28 +49,26 @@ class Measured:
                     if pdl and config.many:  # type: ignore[attr-defined]
                         continue
                     allowed = {p: t for p, t in times.items() if p.algorithm == "simple" or not pdl}
-                    listed = dict.fromkeys(family.shortlist(config, ARCH))
                     best = min(allowed.values())
-                    mine = 0
-                    for wanted in listed:
-                        try:
-                            plan = family.fit(config, wanted, ARCH)
-                        except ConfigError:
-                            continue
+                    fits = fitted(config, ARCH, family.shortlist(config, ARCH))
+                    if (
+                        min((allowed.get(p, np.inf) for p in fits), default=np.inf)
+                        > LEFT_OUT * best
+                    ):
+                        continue  # of a few plans, none that is listed and near the best
+                    for plan in fits:
                         us = allowed.get(plan, LEFT_OUT * best if complete else None)
                         if us is None:
                             continue
-                        mine += 1
                         cell.append(len(self.cells))
                         ratio.append(us / best)
                         micro.append(us if plan in allowed else np.nan)
                         heads.append(entry["batch"] * entry["nheads"])
                         rows.append(facts(config, plan))  # type: ignore[arg-type]
                         self.plans.append(plan)
-                    if mine:
-                        what = " ".join(map(str, entry["config"].values()))
-                        suffix = " pdl" if pdl else ""
-                        self.cells.append(f"{what} {entry['batch']}x{entry['nheads']}{suffix}")
+                    what = " ".join(map(str, entry["config"].values()))
+                    suffix = " pdl" if pdl else ""
+                    self.cells.append(f"{what} {entry['batch']}x{entry['nheads']}{suffix}")
         self.facts = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
         self.cell, self.ratio = np.array(cell), np.array(ratio)
         self.us, self.heads = np.array(micro), np.array(heads, float)

@@ -96,8 +96,8 @@ class Choice:
 
 # Sizes at which the cost model is asked, in heads of the reference shape, and what it is trusted
 # to tell apart.
-SIZES = tuple(4**k for k in range(2, 9))
-TRUST = 0.02
+SIZES = tuple(2**k for k in range(6, 17))
+TRUST = 0.005
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one key, by rising limit; the last has none."""
+    """The rows of one key, by rising limit; the last has none. ``name`` is the path of a user's
+    file, and of one that ships what tells it from the others."""
 
     name: str
     gpu: str
@@ -67,25 +68,22 @@ def gpus(family: str, arch: Arch) -> tuple[str, ...]:
 def find(family: str, keys: Sequence[str], arch: Arch, gpu: str | None) -> Table | None:
     """The table for the first of `keys` that has one: of this very GPU, else of any of its arch.
 
-    Of each kind those of the user come before those that ship; of several GPUs of an arch the
+    For one key those of the user come before those that ship; of several other GPUs of an arch the
     first by name is taken. Raises `ConfigError` if that table is malformed.
     """
-    for root, name in _places(family, arch, gpu):
+    wanted = None if gpu is None else slug(gpu)
+    here = roots()
+    if wanted is not None:
         for key in keys:
-            if table := _table(root, family, str(arch), name, key):
+            for root in here:
+                if table := _table(root, family, str(arch), wanted, key):
+                    return table
+    others = [(root, name) for root in here for name in _folders(root, family, str(arch))]
+    for key in keys:
+        for root, name in others:
+            if name != wanted and (table := _table(root, family, str(arch), name, key)):
                 return table
     return None
-
-
-def _places(family: str, arch: Arch, gpu: str | None) -> Iterator[tuple[Path, str]]:
-    wanted = None if gpu is None else slug(gpu)
-    if wanted is not None:
-        for root in roots():
-            yield root, wanted
-    for root in roots():
-        for name in _folders(root, family, str(arch)):
-            if name != wanted:
-                yield root, name
 
 
 @functools.cache
@@ -116,7 +114,8 @@ def _table(root: Path, family: str, arch: str, gpu: str, key: str) -> Table | No
             raise ConfigError(f"{path}: {name}: {found[name]!r} is not where the file lies; "
                               f"allowed: {wanted}")  # fmt: skip
     rows = tuple(Row(row.get("up_to_heads"), row["plan"]) for row in found["rows"])
-    return Table(f"{arch}/{gpu}/{key}", found["gpu"], rows)
+    ours = root == resources.root() / "cache" / "dispatch"
+    return Table(f"{arch}/{gpu}/{key}" if ours else str(path), found["gpu"], rows)
 
 
 def read(text: str | bytes, origin: str) -> dict[str, Any]:
