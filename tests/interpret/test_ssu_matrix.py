@@ -16,8 +16,8 @@ from ssmgen.plan import dispatch
 
 SMALL = {"nheads": 2, "ngroups": 1, "dim": 32, "dstate": 32}
 STATES = ("fp32", "bf16", "fp16")
-# Two bf16 terms leave a 16-bit state's last bit open more often than fp32 does, most often after many
-# tokens; no bound decides the bits of an fp32 state.
+# Two bf16 terms leave a 16-bit state's last bit open more often than fp32 does, most often after
+# many tokens; no bound decides the bits of an fp32 state.
 DETERMINED = {"fp32": 0.0, "bf16": 0.85, "fp16": 0.45}
 
 
