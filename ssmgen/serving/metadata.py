@@ -120,8 +120,8 @@ class DecodeMetadata:
         entry for each row, in the order in which x has the rows; `accepted` may be on the device.
 
         Args:
-            slots: (rows, up to S + 1) or (rows,): the slots of each row, of which column t takes the
-                state after token t. Rows may be of different lengths.
+            slots: (rows, up to S + 1) or (rows,): the slots of each row. Column t takes the state
+                after token t. Rows may be of different lengths.
             tokens: tokens of each row in this step: one and its drafts, or its prompt chunk.
             accepted: how many tokens of each row the step before accepted, the one it began with
                 included: so 1 to S + 1, and 1 for a row that was plain, prefill or not there. None:
@@ -281,9 +281,7 @@ class DecodeMetadata:
             ArgumentValueError: counts are missing, or of another length; or there is no pool.
         """
         if self.pool is None:
-            raise ArgumentValueError(
-                "checkpoint: this DecodeMetadata has no pool; allowed: with one"
-            )
+            raise ArgumentValueError("pool: found None; allowed: the pool of the slots")
         rows, tracked = self._rows, self._tracked
         if accepted is None:
             if unknown := set(tracked.tolist()) & set(self.verify.rows.tolist()):

@@ -118,7 +118,7 @@ class Partition:
         return x[: self.ntokens] if self.whole else x.index_select(0, self.tokens)
 
     def put(self, out: Tensor, y: Tensor) -> None:
-        """Write what `take` would take. Padded tokens have places of their own, after the others."""
+        """Write what `take` takes. Padded tokens have places of their own, after the others."""
         if self.whole:
             out[: self.ntokens].copy_(y)
         else:

@@ -39,8 +39,8 @@ class StatePool:
     thread-safe, and a call that raises has changed nothing.
 
     A slot from `alloc` is zero and its side tables hold their reset values. A free slot holds
-    anything: NaN under ``SSMGEN_DEBUG=1`` (read when the pool is made), which also has the pool look
-    at the slots of every step; see `check`.
+    anything: NaN under ``SSMGEN_DEBUG=1`` (read when the pool is made), which also has the pool
+    look at the slots of every step; see `check`.
 
     Args:
         layers: what each layer keeps in a slot.

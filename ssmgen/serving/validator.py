@@ -50,10 +50,8 @@ class Validator:
         """Note what is wrong with a step whose row ``rows[i]`` reads slot ``reads[i]`` and writes
         the slots ``writes[i]``; padding is skipped. (rows,), (rows,) and (rows, columns)."""
         rows, reads, writes = rows.long(), reads.long()[:, None], writes.long()
-        seen = (
-            reads != self.pad_slot_id,
-            (writes != self.pad_slot_id) & (reads != self.pad_slot_id),
-        )
+        live_rows = reads != self.pad_slot_id
+        seen = (live_rows, live_rows & (writes != self.pad_slot_id))
         slots = len(self.live)
         inside = []
         for kind, table, used in ((0, reads, seen[0]), (1, writes, seen[1])):
