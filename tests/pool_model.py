@@ -1,8 +1,8 @@
 """The lives of requests on a StatePool, beside a plain model of what each must hold.
 
-An engine that writes states in two layouts, (V, K) and (K, V), says which in a side table, and keeps
-accepted counts and seeds in two more. Every operation first reads what a request holds, through the
-pool, and compares it with the model, which is a dict.
+An engine that writes states in two layouts, (V, K) and (K, V), says which in a side table, and
+keeps accepted counts and seeds in two more. Every operation first reads what a request holds,
+through the pool, and compares it with the model: plain lists of arrays.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def nothing(seed: int) -> Held:
 
 
 class Engine:
-    """`requests` have table rows of COLUMNS slots, `prefixes` one slot; `hosted` are on the host."""
+    """`requests` have rows of COLUMNS slots, `prefixes` one slot; `hosted` are on the host."""
 
     def __init__(self, seed: int, slots: int = 24) -> None:
         self.random = random.Random(seed)

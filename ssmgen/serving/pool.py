@@ -18,16 +18,13 @@ from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, PoolErr
 from ..settings import settings
 from .allocator import SlotAllocator, positive
 from .host import HostSlots
-from .record import ALIGNMENT, LayerSpec, Record, Table
+from .memory import SlotMemory
+from .record import LayerSpec, Record, Table
 from .validator import Validator
 
 __all__ = ["StatePool"]
 
 Tensor = torch.Tensor
-
-# Every float that a state may be made of reads these bytes as NaN, and so do the scales of a state
-# of integers.
-_POISON = 0xFF
 
 
 class StatePool:
@@ -77,7 +74,7 @@ class StatePool:
         self._slots = SlotAllocator(pad_slot_id + 1, positive("slots", slots))
         self._record = Record(self.layers)
         self._lock = threading.RLock()
-        self._memory: Tensor | None = None
+        self._taken: SlotMemory | None = None
         self._views: dict[Any, Tensor] = {}
         self._validator: Validator | None = None
         if settings().debug:
@@ -124,7 +121,7 @@ class StatePool:
             ArgumentValueError: the name is in use, or an argument cannot be.
         """
         with self._lock:
-            if self._memory is not None:
+            if self._taken is not None:
                 raise PoolError(f"{name}: registered after the first use of the pool")
             if name in self._record.table:
                 raise ArgumentValueError(f"{name}: is registered already")
@@ -166,31 +163,16 @@ class StatePool:
             if key not in fields:
                 known = ", ".join(map(str, fields)) or "none"
                 raise ArgumentValueError(f"{part}: found {key!r}; this pool has {known}")
-            memory = self._bytes()
-            view = fields[key].view(memory, self._record.pitch, self._slots.end)
-            self._views[part, key] = view
+            view = self._views[part, key] = self._memory.view(fields[key])
         return view
 
-    def _bytes(self) -> Tensor:
-        """The allocation, aligned: slots * pitch bytes."""
-        if self._memory is None:
-            self._fresh = self._record.fresh_tables().to(self.device)
-            self._memory = self._allocate(self._slots.end)
-        return self._memory
-
-    def _allocate(self, slots: int) -> Tensor:
-        nbytes = slots * self._record.pitch
-        memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
-        memory = memory.narrow(0, -memory.data_ptr() % ALIGNMENT, nbytes)
-        if self._validator is not None:
-            memory.fill_(_POISON)
-        return memory
-
-    def _slot(self, slot: int, begin: int = 0, end: int | None = None) -> Tensor:
-        """Bytes `begin` to `end` of a slot."""
-        at = slot * self._record.pitch
-        end = self._record.pitch if end is None else end
-        return self._bytes()[at + begin : at + end]
+    @property
+    def _memory(self) -> SlotMemory:
+        """The allocation, made when it is first asked for, under the lock."""
+        if self._taken is None:
+            debug = self._validator is not None
+            self._taken = SlotMemory(self._record, self._slots.end, self.device, debug)
+        return self._taken
 
     # Lives
 
@@ -212,8 +194,8 @@ class StatePool:
             taken = self._take(count)
             for i, slot in enumerate(taken):
                 if i < zeroed:
-                    self._slot(slot, 0, self._record.tables_begin).zero_()
-                self._reset_tables(slot)
+                    self._memory.zero_states(slot)
+                self._memory.reset_tables(slot)
         return taken
 
     def free(self, slots: Sequence[int]) -> None:
@@ -224,24 +206,18 @@ class StatePool:
         """
         with self._lock:
             freed = self._slots.require("slots", slots)
+            for slot in freed:
+                self._memory.poison(slot)
             if self._validator is not None:
                 self._validator.mark(freed, False)
-                for slot in freed:
-                    self._slot(slot).fill_(_POISON)
             self._slots.give_back(freed)
 
     def _take(self, count: int) -> list[int]:
-        self._bytes()
+        self._memory  # noqa: B018  Before anything changes: the device may have too little.
         taken = self._slots.take(count)
         if self._validator is not None:
             self._validator.mark(taken, True)
         return taken
-
-    def _reset_tables(self, slot: int, begin: int | None = None) -> None:
-        first, end = self._record.tables_begin, self._record.tables_end
-        begin = first if begin is None else begin
-        if begin < end:
-            self._slot(slot, begin, end).copy_(self._fresh[begin - first :])
 
     # Moves
 
@@ -264,7 +240,7 @@ class StatePool:
             if both := set(sources) & set(targets):
                 raise PoolError(f"dst: slot {min(both)} is a source too")
             for source, target in zip(sources, targets):
-                self._slot(target).copy_(self._slot(source))
+                self._memory.copy(source, target)
 
     def fork(self, slots: Sequence[int], accepted: int | None = None) -> list[int]:
         """Allocate as many slots and copy into them.
@@ -291,9 +267,9 @@ class StatePool:
             forks = self._take(len(sources))
             for i, (source, target) in enumerate(zip(sources, forks)):
                 if i in alive:
-                    self._slot(target).copy_(self._slot(source))
+                    self._memory.copy(source, target)
                 else:
-                    self._reset_tables(target)
+                    self._memory.reset_tables(target)
         return forks
 
     def checkpoint(
@@ -334,49 +310,29 @@ class StatePool:
                     )
             if both := set(targets).intersection(*[[s for row in rows for s in row]]):
                 raise PoolError(f"dst: slot {min(both)} is in tables too")
+            for row in rows:
+                self._require_columns(len(row))
             if isinstance(counts, Tensor):
-                self._checkpoint_on_device(rows, targets, counts, device_tables)
+                for i, (row, target) in enumerate(zip(rows, targets)):
+                    slots = self._uploaded(row) if device_tables is None else device_tables[i]
+                    at = (counts[i : i + 1].long() - 1).clamp(0, len(row) - 1)
+                    self._memory.checkpoint_at(row, target, at, slots)
                 return
             columns = [self._column(n, len(row)) for n, row in zip(counts, rows)]
-            states = self._record.states_begin, self._record.requests_begin
             for row, target, column in zip(rows, targets, columns):
-                self._slot(target, *states).copy_(self._slot(row[column], *states))
-                self._reset_tables(target, self._record.requests_begin)
-                for histories, live in self._histories():
-                    histories[target, ..., :live] = histories[row[0], ..., column : column + live]
+                self._memory.checkpoint(row, target, column)
 
-    def _checkpoint_on_device(
-        self,
-        rows: list[list[int]],
-        targets: list[int],
-        counts: Tensor,
-        device_tables: Tensor | None,
-    ) -> None:
-        begin, end = self._record.states_begin, self._record.requests_begin
-        memory = self._bytes().view(self._slots.end, self._record.pitch).view(torch.int64)
-        states = memory[:, begin // 8 : end // 8]
-        for i, (row, target) in enumerate(zip(rows, targets)):
-            if device_tables is None:
-                slots = self._uploaded(row)
-            else:
-                slots = device_tables[i, : len(row)]
-            column = (counts[i : i + 1].long() - 1).clamp(0, len(row) - 1)
-            # One request at a time: the gathered state is a temporary as large as a slot.
-            source = slots.index_select(0, column)
-            states[target].copy_(states.index_select(0, source)[0])
-            self._reset_tables(target, self._record.requests_begin)
-            for histories, live in self._histories():
-                current = column + torch.arange(live, device=self.device)
-                moved = histories[row[0]].index_select(-1, current)
-                histories[target, ..., :live] = moved
-
-    def _histories(self) -> list[tuple[Tensor, int]]:
-        """((slots, layers, channels, length), columns that live) of layers that are alike."""
-        pitch = self._record.pitch
-        return [
-            (first.each(self._bytes(), pitch, self._slots.end, step, count), live)
-            for first, step, count, live in self._record.histories
-        ]
+    def _require_columns(self, columns: int) -> None:
+        """That a table row may have so many slots: each conv history has a column for each."""
+        if columns < 1:
+            raise ArgumentValueError("tables: found a row of no slots; allowed: at least 1")
+        for first, _, _, live in self._record.histories:
+            most = first.shape[1] - live + 1
+            if columns > most:
+                raise ArgumentValueError(
+                    f"tables: found {columns} slots in a row; allowed: 1 to {most}, as a conv "
+                    f"history of length {first.shape[1]} has no more for width {live + 1}"
+                )
 
     def _uploaded(self, values: list[int]) -> Tensor:
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -409,7 +365,7 @@ class StatePool:
                 len(sources), self._record.pitch, dtype=torch.uint8, pin_memory=on_gpu
             )
             for place, source in zip(memory, sources):
-                place.copy_(self._slot(source), non_blocking=True)
+                place.copy_(self._memory.slot(source), non_blocking=True)
             event = None
             if on_gpu:
                 event = torch.cuda.Event()
@@ -432,7 +388,7 @@ class StatePool:
             else:
                 host.wait()
             for place, target in zip(host.memory, taken):
-                self._slot(target).copy_(place, non_blocking=True)
+                self._memory.slot(target).copy_(place, non_blocking=True)
         return taken
 
     def _layout(self) -> object:
@@ -451,12 +407,8 @@ class StatePool:
             end = self._slots.first + operator.index(slots)
             if end < self._slots.end:
                 raise ArgumentValueError(f"slots: found {slots}; allowed: at least {self.slots}")
-            if self._memory is not None:
-                grown = self._allocate(end)
-                grown[: len(self._memory)].copy_(self._memory)
-                if self._validator is not None:
-                    self._memory.fill_(_POISON)
-                self._memory = grown
+            if self._taken is not None:
+                self._taken.grow(end)
                 self._views = {}
             if self._validator is not None:
                 self._validator.grow(end)
