@@ -161,7 +161,7 @@ class StatePool:
         with self._lock:
             fields = getattr(self._record, part)
             if key not in fields:
-                known = ", ".join(map(str, fields)) or "none"
+                known = ", ".join(map(str, sorted(fields))) or "none"
                 raise ArgumentValueError(f"{part}: found {key!r}; this pool has {known}")
             view = self._views[part, key] = self._memory.view(fields[key])
         return view

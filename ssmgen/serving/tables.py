@@ -38,7 +38,8 @@ class Tables:
             self._places[name] = (end, shape, dtype)
             nbytes = math.prod(shape) * dtype.itemsize
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = torch.empty(end, dtype=torch.uint8, device=device)
+        # Zeros: the bounds of a partition without rows are one 0.
+        self._memory = torch.zeros(end, dtype=torch.uint8, device=device)
         self._whole = {
             name: self._memory[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for name, (at, shape, dtype) in self._places.items()
