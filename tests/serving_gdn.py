@@ -106,7 +106,7 @@ class Steps:
         pad_slot_id: int, num_accepted_tokens: Tensor | None = None,
         cu_seqlens: Tensor | None = None, cache_steps: int = 1,
     ) -> Tensor:  # fmt: skip
-        y = torch.zeros(len(v), *v.shape[1:], dtype=v.dtype)
+        y = torch.zeros_like(v)
         table, targets = state_batch_indices.tolist(), dst_state_batch_indices.tolist()
         bounds = list(range(len(v) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
         counts = [1] * len(table) if num_accepted_tokens is None else num_accepted_tokens.tolist()
