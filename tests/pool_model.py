@@ -185,6 +185,9 @@ class Engine:
             return False
         slots, held = self.requests[at]
         n = int(self.tables("accepted")[slots[0]])
+        # As a request that had the slot might have left them.
+        self.tables("accepted")[to] = COLUMNS
+        self.tables("seed")[to] = 5
         on_device = self.random.random() < 0.5
         self.pool.checkpoint([slots], to, torch.tensor([n]) if on_device else [n])
         self.prefixes.append((to, held.of_nobody()))

@@ -121,14 +121,14 @@ def test_a_graph_serves_every_step_of_its_sizes():
 
     total = 4 + 4 * 4
     x, B, C = random(total, 4, 16), random(total, 1, 32), random(total, 1, 32)
-    A, dt = -random(4, 1, 1).abs().expand(4, 16, 32), random(total, 4, 1).expand(total, 4, 16)
+    A, dt = -random(4, 1, 1).abs().expand(4, 16, 32), random(total, 4, 1)
     out = torch.zeros_like(x)
 
     def layer():
         for part in (meta.plain, meta.verify):
             y = ssmgen.selective_state_update(
-                pool.state(0), part.take(x), part.take(dt), A, part.take(B), part.take(C),
-                dt_softplus=True, **part.recurrent,
+                pool.state(0), part.take(x), part.take(dt).expand(-1, -1, 16), A, part.take(B),
+                part.take(C), dt_softplus=True, **part.recurrent,
             )  # fmt: skip
             part.put(out, y)
 

@@ -208,6 +208,14 @@ def test_misuse_is_an_error_that_changes_nothing(call, error, message):
     assert pool.free_slots == 6 - len(slots)
 
 
+def test_a_slot_is_freed_once(pool):
+    slots = pool.alloc(3)
+    pool.free(slots[1:])
+    with pytest.raises(PoolError, match=f"slots: slot {slots[1]} is not allocated"):
+        pool.free(slots)
+    assert pool.free_slots == 5
+
+
 def test_a_checkpoint_needs_the_columns_of_the_conv_history():
     pool = ssmgen.StatePool([ssmgen.LayerSpec(conv=(2, 5), conv_width=4)], 5)
     *slots, to = pool.alloc(5)

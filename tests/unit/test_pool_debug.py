@@ -122,7 +122,7 @@ def test_a_freed_slot_is_seen_until_it_is_allocated_again(pool):
     pool.free([slots[1]])
     assert pool.reload(host) == [slots[1]]
     pool.resize(30)
-    meta.build([*slots, pool.alloc()[0]], [1, 1, 1, 1])
+    meta.build([*slots, pool.alloc(pool.free_slots)[-1]], [1, 1, 1, 1])
     assert pool.check() == 1
 
 
