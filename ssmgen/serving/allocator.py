@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-from ..errors import ArgumentValueError, PoolError, PoolExhaustedError
+from ..errors import ArgumentTypeError, ArgumentValueError, PoolError, PoolExhaustedError
 
-__all__ = ["SlotAllocator", "positive"]
+__all__ = ["SlotAllocator", "integer"]
 
 
 class SlotAllocator:
@@ -48,7 +48,7 @@ class SlotAllocator:
 
     def require(self, name: str, slots: Sequence[int], *, once: bool = True) -> list[int]:
         """`slots` as ints: each within the pool, allocated, and, if `once`, named once."""
-        found = [operator.index(slot) for slot in slots]
+        found = [integer(name, slot) for slot in slots]
         for slot in found:
             if not self.first <= slot < self.end:
                 raise ArgumentValueError(
@@ -67,9 +67,12 @@ class SlotAllocator:
         self._live.extend([False] * (end - self.end))
 
 
-def positive(name: str, value: int) -> int:
-    """`value` as an int of at least 1, or an `ArgumentValueError`."""
-    number = operator.index(value)
-    if number < 1:
-        raise ArgumentValueError(f"{name}: found {number}; allowed: at least 1")
+def integer(name: str, value: int, least: int | None = None) -> int:
+    """`value` as an int, of at least `least`; an `ArgumentTypeError` or `ArgumentValueError`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{name}: found {value!r}; allowed: an int") from None
+    if least is not None and number < least:
+        raise ArgumentValueError(f"{name}: found {number}; allowed: at least {least}")
     return number

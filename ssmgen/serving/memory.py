@@ -22,9 +22,12 @@ class SlotMemory:
     def __init__(self, record: Record, slots: int, device: torch.device, poison: bool) -> None:
         self.record, self.slots, self.device = record, slots, device
         self._poison = poison
-        self._fresh_tables = record.fresh_tables().to(device)
+        with torch.inference_mode(False):
+            self._fresh_tables = record.fresh_tables().to(device)
         self._bytes = self._allocate(slots)
 
+    # What is made in inference mode cannot be written outside of it, and any call may be inside.
+    @torch.inference_mode(False)
     def _allocate(self, slots: int) -> Tensor:
         nbytes = slots * self.record.pitch
         memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
@@ -39,6 +42,7 @@ class SlotMemory:
             self._bytes.fill_(_POISON)
         self._bytes, self.slots = grown, slots
 
+    @torch.inference_mode(False)
     def view(self, field: Field) -> Tensor:
         """(slots, *shape) of a field."""
         return field.view(self._bytes, self.record.pitch, self.slots)

@@ -6,7 +6,6 @@ included, is taken by the same row numbers. So no row loses its count by the way
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentValueError
-from .allocator import positive
+from .allocator import integer
 from .partition import Partition
 from .pool import StatePool
 from .rows import KINDS, StepRows, step_rows
@@ -76,12 +75,12 @@ class DecodeMetadata:
         device: torch.device | str = "cpu",
         pad_slot_id: int = -1,
     ) -> None:
-        self.max_rows = positive("max_rows", max_rows)
-        self.max_tokens = positive("max_tokens", max_tokens)
-        self.columns = positive("drafts", operator.index(drafts) + 1)
+        self.max_rows = integer("max_rows", max_rows, 1)
+        self.max_tokens = integer("max_tokens", max_tokens, 1)
+        self.columns = integer("drafts", drafts, 0) + 1
         self.pool = pool
         self.device = torch.device(device) if pool is None else pool.device
-        self.pad_slot_id = operator.index(pad_slot_id) if pool is None else pool.pad_slot_id
+        self.pad_slot_id = integer("pad_slot_id", pad_slot_id) if pool is None else pool.pad_slot_id
         self._tables = Tables(self._capacity(), self.device)
 
     def _capacity(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -7,7 +7,6 @@ moves whole runs, so nothing that belongs to a slot can be left behind.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, PoolError
 from ..settings import settings
-from .allocator import SlotAllocator, positive
+from .allocator import SlotAllocator, integer
 from .host import HostSlots
 from .memory import SlotMemory
 from .record import LayerSpec, Record, Table
@@ -71,7 +70,7 @@ class StatePool:
         if self.device.type not in ("cpu", "cuda"):
             raise DeviceError(f"device: found {self.device}; allowed: cpu, cuda")
         self.pad_slot_id = pad_slot_id
-        self._slots = SlotAllocator(pad_slot_id + 1, positive("slots", slots))
+        self._slots = SlotAllocator(pad_slot_id + 1, integer("slots", slots, 1))
         self._record = Record(self.layers)
         self._lock = threading.RLock()
         self._taken: SlotMemory | None = None
@@ -127,7 +126,9 @@ class StatePool:
                 raise ArgumentValueError(f"{name}: is registered already")
             if of not in ("state", "request"):
                 raise ArgumentValueError(f"of: found {of!r}; allowed: 'state', 'request'")
-            table = Table(name, tuple(map(operator.index, shape)), dtype, reset, of)
+            table = Table(
+                name, tuple(integer("shape", size, 0) for size in shape), dtype, reset, of
+            )
             self._record = Record(self.layers, (*self._record.tables, table))
 
     # Views
@@ -188,8 +189,8 @@ class StatePool:
         Raises:
             PoolExhaustedError: fewer are free. Nothing has changed.
         """
-        count = positive("count", count)
-        zeroed = count if zero is None else operator.index(zero)
+        count = integer("count", count, 1)
+        zeroed = count if zero is None else integer("zero", zero, 0)
         with self._lock:
             taken = self._take(count)
             for i, slot in enumerate(taken):
@@ -340,7 +341,7 @@ class StatePool:
 
     @staticmethod
     def _column(accepted: int, columns: int) -> int:
-        n = operator.index(accepted)
+        n = integer("accepted", accepted)
         if not 1 <= n <= columns:
             raise ArgumentValueError(
                 f"accepted: found {n}; allowed: 1 to {columns}, the columns of the table"
@@ -404,7 +405,7 @@ class StatePool:
             ArgumentValueError: fewer than there are.
         """
         with self._lock:
-            end = self._slots.first + operator.index(slots)
+            end = self._slots.first + integer("slots", slots)
             if end < self._slots.end:
                 raise ArgumentValueError(f"slots: found {slots}; allowed: at least {self.slots}")
             if self._taken is not None:

@@ -28,6 +28,7 @@ class Tables:
         device: where the tables are.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, capacity: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
     ) -> None:

@@ -29,6 +29,7 @@ _COUNT, _SLOT, _ROW, _STEP = range(4)
 class Validator:
     """The live slots of a pool as the device sees them, and what was found so far."""
 
+    @torch.inference_mode(False)
     def __init__(self, slots: int, pad_slot_id: int, device: torch.device) -> None:
         self.pad_slot_id = pad_slot_id
         self.live = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -39,6 +40,7 @@ class Validator:
         for slot in slots:
             self.live[slot].fill_(live)
 
+    @torch.inference_mode(False)
     def grow(self, slots: int) -> None:
         self.live = torch.cat([self.live, self.live.new_zeros(slots - len(self.live))])
 

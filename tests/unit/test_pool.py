@@ -136,6 +136,27 @@ def test_a_pool_takes_no_memory_before_its_first_use(pool):
         pool.register("late")
 
 
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_what_is_made_in_inference_mode_can_be_used_outside_of_it(monkeypatch, debug):
+    monkeypatch.setenv("SSMGEN_DEBUG", debug)
+    with torch.inference_mode():
+        pool = ssmgen.StatePool(LAYERS, 6)
+        pool.register("n", reset=1)
+        meta = ssmgen.DecodeMetadata(pool, max_rows=4, max_tokens=4, drafts=1)
+        views = pool.state(0), pool.table("n")
+    [slot] = pool.alloc()
+    for view in views:
+        view[slot] = 1
+    meta.build([slot], [1], accepted=pool.table("n"))
+    with torch.inference_mode():
+        pool.resize(8)
+        meta.build([slot], [1])
+    pool.copy([slot], pool.alloc())
+    pool.state(0)[slot] = 1
+    meta.build([slot], [1])
+    pool.check()
+
+
 # Lives
 
 
@@ -191,6 +212,8 @@ def test_exhaustion_changes_nothing(pool):
         (lambda p: p.offload([4]), PoolError, "slots: slot 4 is not allocated"),
         (lambda p: p.resize(5), ArgumentValueError, "slots: found 5; allowed: at least 6"),
         (lambda p: p.alloc(0), ArgumentValueError, "count: found 0; allowed: at least 1"),
+        (lambda p: p.alloc(1.5), ArgumentTypeError, "count: found 1.5; allowed: an int"),
+        (lambda p: p.free(["1"]), ArgumentTypeError, "slots: found '1'; allowed: an int"),
         (lambda p: p.conv(2), ArgumentValueError, "conv: found 2; this pool has 0, 1, 3"),
         (lambda p: p.table("x"), ArgumentValueError, "table: found 'x'; this pool has n"),
     ],
