@@ -4,8 +4,8 @@ The inputs of a request are a function of its name and the position alone; a rej
 noise instead. What the server gathers is the output at every accepted position, which must be what
 decoding token by token gives, whatever was drafted, batched, preempted or moved.
 
-The ops of a layer are those of `Steps`, here in plain PyTorch; a subclass runs others under the
-same server.
+The ops of a layer are those of `steps`: `Steps`, in plain PyTorch, or whatever has functions of the
+same names and arguments, such as ssmgen itself.
 """
 
 from __future__ import annotations
@@ -47,46 +47,50 @@ class Model:
 
 
 class Steps:
-    """The ops of a layer, with the arguments of the kernels, in plain PyTorch, row by row.
+    """The ops of a layer, with the arguments of ssmgen's, in plain PyTorch, row by row.
 
     Each operation on a token has the same shapes and strides however the token is batched, so its
     bits are the same too.
     """
 
-    def conv_update(
-        self, x: Tensor, conv_state: Tensor, weight: Tensor, *, conv_state_indices: Tensor,
-        num_accepted_tokens: Tensor, pad_slot_id: int, query_start_loc: Tensor | None = None,
-        max_query_len: int = 1,
+    def causal_conv1d_update(
+        self, x: Tensor, conv_state: Tensor, weight: Tensor, *, activation: str, alignment: str,
+        conv_state_indices: Tensor, num_accepted_tokens: Tensor, pad_slot_id: int,
+        query_start_loc: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """x (tokens, channels)."""
+        assert (activation, alignment) == ("silu", "left")
         y = torch.zeros_like(x)
         bounds = range(len(x) + 1) if query_start_loc is None else query_start_loc.tolist()
         rows = zip(conv_state_indices.tolist(), num_accepted_tokens.tolist(), bounds, bounds[1:])
         for slot, n, begin, end in rows:
             if slot == pad_slot_id or begin == end:
                 continue
-            assert end - begin <= max_query_len
             history = conv_state[slot, :, n - 1 : n - 1 + weight.shape[1] - 1]
             window = torch.cat([history, x[begin:end].T], 1)
             y[begin:end] = self.taps(window, weight)
             conv_state[slot, :, : window.shape[1] - 1] = window[:, 1:]
         return y
 
-    def conv_fn(
-        self, x: Tensor, weight: Tensor, conv_states: Tensor, *, query_start_loc: Tensor,
-        cache_indices: Tensor, has_initial_state: Tensor, num_accepted_tokens: Tensor,
-        pad_slot_id: int,
+    def causal_conv1d_fn(
+        self, x: Tensor, weight: Tensor, *, conv_states: Tensor, activation: str, alignment: str,
+        query_start_loc: Tensor, cache_indices: Tensor, pad_slot_id: int,
+        has_initial_state: Tensor | None = None, initial_states: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """x (channels, tokens)."""
+        assert (activation, alignment) == ("silu", "left")
         y, live = torch.zeros_like(x), weight.shape[1] - 1
         bounds = query_start_loc.tolist()
-        for slot, n, begin, end, continued in zip(
-            cache_indices.tolist(), num_accepted_tokens.tolist(), bounds, bounds[1:],
-            has_initial_state.tolist(),
-        ):  # fmt: skip
-            history = conv_states[slot, :, n - 1 : n - 1 + live]
-            if not continued:
-                history = torch.zeros_like(history)
-            window = torch.cat([history, x[begin:end].T], 1)
-            y[begin:end] = self.taps(window, weight)
+        for row, (slot, begin, end) in enumerate(zip(cache_indices.tolist(), bounds, bounds[1:])):
+            if initial_states is not None:
+                assert has_initial_state is None
+                history = initial_states[row]
+            else:
+                history = conv_states[slot, :, :live]
+                if not has_initial_state[row]:
+                    history = torch.zeros_like(history)
+            window = torch.cat([history, x[:, begin:end]], 1)
+            y[:, begin:end] = self.taps(window, weight).T
             conv_states[slot, :, :live] = window[:, -live:]
         return y
 
@@ -100,9 +104,9 @@ class Steps:
             out.append(total / (1 + torch.exp(-total)))
         return torch.stack(out)
 
-    def delta_rule(
-        self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor,
-        dt_bias: Tensor, *, state_batch_indices: Tensor, dst_state_batch_indices: Tensor,
+    def gated_delta_rule_decode(
+        self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, A_log: Tensor, a: Tensor,
+        dt_bias: Tensor, b: Tensor, *, state_batch_indices: Tensor, dst_state_batch_indices: Tensor,
         pad_slot_id: int, num_accepted_tokens: Tensor | None = None,
         cu_seqlens: Tensor | None = None, cache_steps: int = 1,
     ) -> Tensor:  # fmt: skip
@@ -146,9 +150,10 @@ def delta_step(
 POLICIES = ("original bug", "state only", "conv only", "homogeneous only")
 
 
-def plain_arguments(policy: str | None, part: Partition, mixed: bool) -> tuple[dict, dict]:
-    """(recurrent, conv) arguments of the plain rows under a policy; None: the right ones."""
-    recurrent, conv = part.recurrent, part.conv
+def spoiled(
+    policy: str | None, part: Partition, mixed: bool, recurrent: dict, conv: dict
+) -> tuple[dict, dict]:
+    """The arguments of the plain rows under a policy; None: the right ones."""
     keep_state = policy in (None, "state only") or (policy == "homogeneous only" and not mixed)
     keep_conv = policy in (None, "conv only") or (policy == "homogeneous only" and not mixed)
     if not keep_state:
@@ -215,7 +220,7 @@ class Server:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     model: Model = Model()
-    steps: Steps = field(default_factory=Steps)
+    steps: Any = field(default_factory=Steps)
     requests: int = 10
     rows: int = 5
     turns: int = 2
@@ -413,21 +418,23 @@ class Server:
         """What a layer of a model does: it reads the metadata, and nothing else is decided here."""
         meta, steps = self.metadata, self.steps
         conv_state, state = self.pool.conv(layer), self.pool.state(layer)
-        weight, gates = self.weight[layer], (self.A_log[layer], self.dt_bias[layer])
+        weight, A_log, dt_bias = self.weight[layer], self.A_log[layer], self.dt_bias[layer]
         for part in (meta.plain, meta.verify, meta.prefill):
             if not part:
                 continue
-            recurrent, conv = part.recurrent, part.conv
+            conv = part.conv(conv_state, self.model.width)
+            recurrent = part.recurrent
             if part is meta.plain:
                 mixed = len(meta.verify.rows) > 0
-                recurrent, conv = plain_arguments(self.policy, part, mixed)
+                recurrent, conv = spoiled(self.policy, part, mixed, recurrent, conv)
             x, a, b = (part.take(inputs[n]) for n in ("x", "a", "b"))
             if part is meta.prefill:
-                x = steps.conv_fn(x, weight, conv_state, **conv)
+                x = steps.causal_conv1d_fn(x.T, weight=weight, activation="silu", **conv).T
             else:
-                x = steps.conv_update(x, conv_state, weight, **conv)
+                x = steps.causal_conv1d_update(x, weight=weight, activation="silu", **conv)
             q, k, v = self.model.split(x)
-            part.put(out, steps.delta_rule(state, q, k, v, a, b, *gates, **recurrent))
+            y = steps.gated_delta_rule_decode(state, q, k, v, A_log, a, dt_bias, b, **recurrent)
+            part.put(out, y)
 
     def sampled(self, plans: list[tuple[int, int, bool]], out: Tensor) -> None:
         counts = [1 if chunk else true for _, true, chunk in plans]

@@ -165,7 +165,7 @@ class DecodeMetadata:
         self._rows, self._tracked = rows, tracked
         for kind, (batch, ntokens) in sizes.items():
             alone = all(not other for name, (other, _) in sizes.items() if name != kind)
-            partition = self._partition(kind, rows, batch, ntokens, alone)
+            partition = self._partition(kind, rows, batch, ntokens, alone, on_device)
             setattr(self, kind, partition)
             if on_device and batch:
                 self._look_up(partition, accepted)
@@ -226,7 +226,7 @@ class DecodeMetadata:
         places[real:] = np.arange(spare, spare + ntokens - real)
 
     def _partition(
-        self, kind: str, rows: StepRows, batch: int, ntokens: int, alone: bool
+        self, kind: str, rows: StepRows, batch: int, ntokens: int, alone: bool, on_device: bool
     ) -> Partition:
         longest = {"plain": 1, "verify": self.columns}.get(kind)
         if longest is None:
@@ -241,6 +241,8 @@ class DecodeMetadata:
             batch=batch,
             ntokens=ntokens,
             longest=longest,
+            shifted=(on_device and self.columns > 1)
+            or bool((rows.accepted[rows.members[kind]] > 1).any()),
             whole=alone,
             tokens=get("tokens", ntokens),
             slots=get("slots"),

@@ -164,10 +164,30 @@ def test_arguments_of_the_ops():
     assert meta.verify.recurrent["state_batch_indices"] is meta.verify.slots
     assert meta.verify.recurrent["cache_steps"] == DRAFTS + 1
     assert meta.prefill.recurrent["cache_steps"] == 4
-    assert "num_accepted_tokens" in meta.plain.conv
-    assert "query_start_loc" not in meta.plain.conv
-    assert meta.verify.conv["query_start_loc"] is meta.verify.cu_seqlens
-    assert meta.prefill.conv["has_initial_state"] is meta.prefill.has_initial_state
+    histories = torch.zeros(9, 2, 6)
+    plain, verify, prefill = (part.conv(histories, 4) for part in parts(meta).values())
+    assert plain["conv_state"] is verify["conv_state"] is prefill["conv_states"] is histories
+    assert plain["num_accepted_tokens"] is meta.plain.num_accepted_tokens
+    assert verify["query_start_loc"] is meta.verify.cu_seqlens
+    assert prefill["has_initial_state"] is meta.prefill.has_initial_state
+    assert "query_start_loc" not in plain
+    assert "initial_states" not in prefill
+
+
+@pytest.mark.parametrize("counts", ["host", "table"])
+def test_a_prompt_chunk_that_follows_drafts_has_its_history_where_they_left_it(counts):
+    """`causal_conv1d_fn` reads from column 0, or what it is given."""
+    histories = torch.arange(10 * 2 * 6.0).view(10, 2, 6)
+    accepted = [1, 3, 2]
+    table = torch.tensor([0, 1, 0, 0, 0, 3, 0, 0, 2, 0])
+    meta = metadata().build(
+        [[1], [5, 6, 7], [8, 9]], [2, 2, 2], prefill=3 * [True], first=[0, 0, 1],
+        accepted=accepted if counts == "host" else table,
+    )  # fmt: skip
+    conv = meta.prefill.conv(histories, 4)
+    assert "has_initial_state" not in conv
+    wanted = torch.stack([histories[1, :, :3], histories[5, :, 2:5], torch.zeros(2, 3)])
+    assert torch.equal(conv["initial_states"], wanted)
 
 
 @pytest.mark.parametrize("counts", ["host", "table"])
@@ -241,11 +261,11 @@ def test_a_step_is_one_upload_and_a_layer_none():
         meta.build(**STEP, plain_rows=4, verify_rows=2)
     assert building.copies == [meta.plain.slots.untyped_storage().data_ptr()]
     assert not {"index_copy_", "scatter_", "index_put_", *Ops.WAITS} & set(building.names)
-    x = torch.randn(meta.padded_tokens, 5)
+    x, histories = torch.randn(meta.padded_tokens, 5), torch.zeros(12, 2, 6)
     with Ops() as layer:
         for part in parts(meta).values():
             assert part.recurrent
-            assert part.conv
+            assert part.conv(histories, 4)
             part.put(x, part.take(x))
     assert not layer.copies
     assert set(layer.names) == {"index_select", "index_copy_"}
