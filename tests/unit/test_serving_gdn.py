@@ -71,14 +71,14 @@ def test_the_simulation_has_every_kind_of_row_beside_every_other():
     assert min(server.seen.values()) >= 3, server.seen
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_wrong_policy_is_caught(policy, seed, token_by_token):
     with pytest.raises(AssertionError, match="outputs differ"):
         assert_same_outputs(Server(policy=policy, seed=seed).run(), token_by_token(seed))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("policy", POLICIES)
 def test_only_the_homogeneous_fix_passes_homogeneous_batches(policy, seed, token_by_token):
     """Which is how it was released."""
