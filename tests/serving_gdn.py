@@ -97,7 +97,7 @@ class Server:
     transposed: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    model: Model = Model()
+    model: Model = field(default_factory=Model)
     steps: Any = field(default_factory=Steps)
     requests: int = 10
     rows: int = 5

@@ -23,6 +23,7 @@ from .validator import Validator
 __all__ = ["DecodeMetadata"]
 
 Tensor = torch.Tensor
+_COUNTS = (torch.int32, torch.int64)
 
 
 class DecodeMetadata:
@@ -143,6 +144,11 @@ class DecodeMetadata:
                 The step before is untouched.
         """
         on_device = isinstance(accepted, Tensor)
+        if on_device and (accepted.dim() != 1 or accepted.dtype not in _COUNTS):
+            raise ArgumentValueError(
+                f"accepted: found {accepted.dtype} of shape {tuple(accepted.shape)}; allowed: "
+                "(slots,) int32 or int64"
+            )
         rows = step_rows(slots, tokens, None if on_device else accepted, prefill, first, track,
                          columns=self.columns, pad_slot_id=self.pad_slot_id)  # fmt: skip
         sizes = self._sizes(rows, {"plain": plain_rows, "verify": verify_rows})
