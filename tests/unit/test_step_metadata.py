@@ -315,7 +315,7 @@ def test_a_step_of_the_same_padded_sizes_takes_the_same_path_through_x(one, two)
         ({"accepted": [1.0, 1, 1, 1]}, ArgumentTypeError, "accepted: found float64 values"),
         ({"accepted": torch.ones(12, 1, dtype=torch.int32)}, ArgumentValueError,
          r"accepted: found torch.int32 of shape \(12, 1\); allowed: \(slots,\)"),
-        ({"accepted": torch.ones(12)}, ArgumentValueError, "accepted: found torch.float32 of shape"),
+        ({"accepted": torch.ones(12)}, ArgumentValueError, "found torch.float32 of shape"),
         ({"accepted": [1, 1, 1]}, ArgumentValueError, r"accepted: found shape \(3,\)"),
         ({"tokens": [1, 5, 6, 1]}, ArgumentValueError, "found 5 in row 1; allowed: at most 4"),
         ({"tokens": [1, 4, 6, 2]}, ArgumentValueError, "in row 3; allowed: no padding"),
