@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from .ops.ssu import selective_state_update
     from .plan import Plan
     from .policy import freeze
+    from .serving.metadata import DecodeMetadata
+    from .serving.pool import StatePool
+    from .serving.record import LayerSpec
 
 __all__ = [
     "Arch",
+    "DecodeMetadata",
     "Kernel",
     "KernelConfig",
+    "LayerSpec",
     "Plan",
+    "StatePool",
     "__version__",
     "freeze",
     "get_kernel",
@@ -34,9 +40,12 @@ logging.getLogger("ssmgen").addHandler(logging.NullHandler())
 
 _WHERE = {
     "Arch": "arch",
+    "DecodeMetadata": "serving.metadata",
     "Kernel": "kernel",
     "KernelConfig": "config",
+    "LayerSpec": "serving.record",
     "Plan": "plan",
+    "StatePool": "serving.pool",
     "freeze": "policy",
     "get_kernel": "kernel",
     "selective_state_update": "ops.ssu",
