@@ -101,7 +101,12 @@ class Conv1d(Family):
 
         if plan.algorithm != "simple":
             config.reject("algorithm", plan.algorithm, "auto, simple")
-        tokens = max(8, plan.block_m) if config.prefill else plan.block_m if config.many else 1
+        least = 8 if config.prefill else 1  # the first chunk of a sequence needs all of its past
+        tokens = max(least, plan.block_m) if config.many else 1
+        # The inputs under all taps are in registers at once.
+        held = 4 + (config.width - 1) * ITEMSIZE[str(config.state_dtype)]
+        while tokens > least and tokens * plan.block_n * held > 512 * 32 * plan.num_warps:
+            tokens //= 2
         vector = 16 // ITEMSIZE[config.dtype]
         # A thread below one 16-byte vector only adds idle lanes.
         most = max(1, tokens * plan.block_n // (32 * vector))
