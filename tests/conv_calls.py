@@ -12,6 +12,8 @@ import torch
 from ssu_calls import DTYPES, Call, same, storage
 
 import ssmgen
+from ssmgen import Arch, Plan
+from ssmgen.families import spec
 from ssmgen.families.conv1d.contract import layout
 from ssmgen.reference import conv1d as reference
 
@@ -39,6 +41,12 @@ class ConvCall(Call):
     @property
     def op(self) -> Any:
         return ssmgen.causal_conv1d_fn if self.prefill else ssmgen.causal_conv1d_update
+
+    def interpreted_by(self, block_m: int = 2, block_n: int = 8, arch: str = "sm_90") -> ConvCall:
+        """A copy after the kernel has run on it in several programs and, of tokens, blocks."""
+        plan = Plan(algorithm="simple", block_m=block_m, block_n=block_n, num_warps=1)
+        config = self.layout().config
+        return self.interpreted(spec("conv1d").fit(config, plan, Arch.of(arch)), arch)
 
     def refer(self, **options: Any) -> torch.Tensor:
         """What the reference returns; it writes to this call's tensors."""
@@ -90,9 +98,10 @@ def make_conv(
     pdl: bool = False,
     random: int = 0,
 ) -> ConvCall:
-    """One call. `form`: one, dense, varlen, prefill (of sequences) or prefill_dense. `gap`: channels
-    between the rows of x, which starts after `lead` elements. `initial`: flags, or "rows" for
-    initial_states. Every slot and column that is not the past of a row holds NaN.
+    """One call. `form`: one, dense, varlen, prefill (of sequences) or prefill_dense. `spare`:
+    tokens of no sequence, before and after. `gap`: channels between the rows of x, which starts
+    after `lead` elements. `initial`: flags, or "rows" for initial_states. Every slot and column
+    that is not the past of a row holds NaN.
     """
     gen = torch.Generator().manual_seed(random)
     io = DTYPES[dtype]
@@ -195,7 +204,9 @@ def verify_conv(before: ConvCall, after: ConvCall) -> None:
 
     out = after["out"]
     there = ~exact.isnan()
-    assert there.any() or not exact.numel() or not before["x"].numel()
+    ends = before.tensors.get("query_start_loc")
+    tokens = exact.numel() if ends is None else int(ends[-1] - ends[0]) * len(before["weight"])
+    assert int(there.sum()) == tokens
     assert same(out[~there].contiguous(), before["out"][~there].contiguous())
     width = before["weight"].shape[1]
     # One rounding a tap and one for the bias; silu has a slope of at most 1.1, and its exponential

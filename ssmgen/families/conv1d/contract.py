@@ -13,7 +13,7 @@ from ...errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from ..base import Layout
 from .config import FLOATS, MAX_DEPTH, Conv1dConfig
 
-__all__ = ["ABI_TENSORS", "ALIGNMENTS", "check_dtypes", "layout", "normalise", "window_depth"]
+__all__ = ["ABI_TENSORS", "ALIGNABLE", "ALIGNMENTS", "check_dtypes", "layout", "normalise"]
 
 # Tensor arguments in ABI order; absent ones are left out.
 ABI_TENSORS = (
@@ -30,6 +30,8 @@ ABI_TENSORS = (
     "num_accepted_tokens",
     "cache_seqlens",
 )
+# Those whose address says, with that of all others, which kernel a call takes.
+ALIGNABLE = ("x", "conv_state", "initial_states", "weight", "bias", "out")
 ALIGNMENTS = ("left", "right", "circular")
 ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
@@ -70,11 +72,6 @@ def normalise(tensors: Tensors, *, prefill: bool) -> Tensors:
         if table is not None and table.dim() == 2 and table.shape[1]:
             views[name] = table[:, 0]
     return views
-
-
-def window_depth(state_len: int, width: int, alignment: str | None) -> int:
-    """Columns of the window that a call moves: those that it may read and write in a slot."""
-    return state_len if alignment == "right" else width - 1
 
 
 def check(
@@ -207,7 +204,7 @@ def _window(
         if x.dim() == 3 and x.shape[1] > state_len - width + 2:
             fail("x", f"{x.shape[1]} tokens a row", f"at most {state_len - width + 2} with "
                  f"num_accepted_tokens and a conv_state of {state_len} columns")  # fmt: skip
-    return window_depth(state_len, width, alignment)
+    return state_len if alignment == "right" else width - 1
 
 
 def check_dtypes(tensors: Tensors) -> None:
@@ -277,8 +274,13 @@ def _packed_channels(tensors: Tensors) -> bool:
 
 
 def _aligned(tensors: Tensors, packed: bool) -> bool:
-    """Whether everything that a kernel would load or store 16 bytes at a time lets it."""
+    """Whether everything that a kernel would load or store 16 bytes at a time lets it.
+
+    Of the addresses all must, so that a layout is known by one bit (`ALIGNABLE`).
+    """
     dim, width = tensors["weight"].shape
+    if any(tensors[name].data_ptr() % 16 for name in ALIGNABLE if name in tensors):
+        return False
     # Axis of the channels in each; the other axes step from one packed run to the next.
     lanes = {"x": -1, "out": -1, "bias": 0}
     if packed:
@@ -291,10 +293,7 @@ def _aligned(tensors: Tensors, packed: bool) -> bool:
         for i, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape)):
             if size > 1 and (stride != 1 if i == axis else stride * tensor.element_size() % 16):
                 return False
-        if tensor.data_ptr() % 16:
-            return False
-    weight = tensors["weight"]
-    return dim % 8 == 0 and weight.stride() == (width, 1) and weight.data_ptr() % 16 == 0
+    return dim % 8 == 0 and tensors["weight"].stride() == (width, 1)
 
 
 def layout(
