@@ -152,7 +152,8 @@ def make_conv(
         state = _window(slots, dim, state_len, order, pitch, offset, state_io)
         state.fill_(torch.nan)
         for row, slot in enumerate(range(batch) if indices is None else indices):
-            if slot == pad or (prefill and (not isinstance(initial, list) or not initial[row])):
+            fresh = prefill and (not isinstance(initial, list) or not initial[row])
+            if slot == pad or slot >= slots or fresh:
                 continue
             if accepted is not None:
                 first = max(accepted[row], 1) - 1

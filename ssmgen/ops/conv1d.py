@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentValueError
+from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from ..families.base import Layout
 from ..families.conv1d.contract import ABI_TENSORS, ALIGNABLE, check_dtypes, layout, normalise
 from ..reference import conv1d as reference
@@ -187,7 +187,16 @@ def _update_on_cpu(arguments: dict[str, Any], described: Layout) -> None:
     reference.causal_conv1d_update(**{n: v for n, v in arguments.items() if n != "pdl"})
 
 
+# What causal_conv1d_fn calls the tensors of the contract.
 _NAMES_IN_PREFILL = {"conv_state": "conv_states", "conv_state_indices": "cache_indices"}
+
+
+def _prefill_layout(**arguments: Any) -> Layout:
+    try:
+        return layout(prefill=True, **arguments)
+    except (ArgumentValueError, ArgumentTypeError, DeviceError) as error:
+        name, _, rest = str(error).partition(":")
+        raise type(error)(f"{_NAMES_IN_PREFILL.get(name, name)}:{rest}") from None
 
 
 def _prefill_on_cpu(arguments: dict[str, Any], described: Layout) -> None:
@@ -222,7 +231,7 @@ prefill = Operation(
     "Tensor? has_initial_state, Tensor? query_start_loc, " + _SWITCHES,
     rows="x",
     aligned=ALIGNABLE,
-    layout=functools.partial(layout, prefill=True),
+    layout=_prefill_layout,
     reference=_prefill_on_cpu,
     fake=functools.partial(_fake, prefill=True),
     check=functools.partial(_check_tables, prefill=True),

@@ -174,8 +174,6 @@ def _window(
         for name in ("conv_state_indices", "dst_state_indices", "has_initial_state"):
             if name in tensors:
                 fail(name, "a tensor", "None without a conv_state")
-        if not prefill:
-            raise ArgumentTypeError("conv_state: missing")
         return width - 1
     if state.dim() != 3 or state.shape[1] != dim or state.shape[2] < width - 1:
         fail("conv_state", f"shape {tuple(state.shape)}", f"(slots, {dim}, at least {width - 1})")
@@ -314,7 +312,7 @@ def layout(
         if name not in ABI_TENSORS:
             raise ArgumentTypeError(f"{name}: not an argument; allowed: {', '.join(ABI_TENSORS)}")
     given = {n: arguments[n] for n in ABI_TENSORS if arguments.get(n) is not None}
-    for name in ("x", "weight", "out"):
+    for name in ("x", "weight", "out", *(() if prefill else ("conv_state",))):
         if name not in given:
             raise ArgumentTypeError(f"{name}: missing")
     for name, value in given.items():
