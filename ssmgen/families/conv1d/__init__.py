@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["FAMILY", "Conv1d", "Conv1dConfig"]
 
 
+# What the values of a tile may take of a thread's 255 registers.
+MAX_REGISTERS = 184
+
+
 class Conv1d(Family):
     """Its plans have block_m tokens (of a row of several, or of a chunk) by block_n channels, and
     what it counts as heads are channels."""
@@ -102,20 +106,27 @@ class Conv1d(Family):
         if plan.algorithm != "simple":
             config.reject("algorithm", plan.algorithm, "auto, simple")
         least = 8 if config.prefill else 1  # the first chunk of a sequence needs all of its past
-        tokens = max(least, plan.block_m) if config.many else 1
-        # The inputs under all taps are in registers at once.
-        held = 4 + (config.width - 1) * ITEMSIZE[str(config.state_dtype)]
-        while tokens > least and tokens * plan.block_n * held > 512 * 32 * plan.num_warps:
-            tokens //= 2
+        tokens, channels = max(least, plan.block_m) if config.many else 1, plan.block_n
         vector = 16 // ITEMSIZE[config.dtype]
         # A thread below one 16-byte vector only adds idle lanes.
-        most = max(1, tokens * plan.block_n // (32 * vector))
-        return Plan(
-            algorithm="simple",
-            block_m=tokens,
-            block_n=plan.block_n,
-            num_warps=min(plan.num_warps, most),
-        )
+        warps = max(1, min(plan.num_warps, tokens * channels // (32 * vector)))
+
+        def registers() -> float:
+            """Of a thread, roughly: taps and window of its channels, its inputs under each tap."""
+            words = ITEMSIZE[str(config.state_dtype)] / 4
+            window = config.width + words * config.depth  # type: ignore[operator]
+            inputs = words * (config.width - 1) + (2 if config.aligned else 7)
+            own = channels / 32 / warps
+            # Beside a tile every warp has the vectors of all its channels.
+            beside = min(max(own, vector), channels / 32) if config.many else own
+            return window * beside + inputs * tokens * own
+
+        while registers() > MAX_REGISTERS and (tokens > least or channels > 32):
+            if tokens > least:
+                tokens //= 2
+            else:
+                channels //= 2
+        return Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
 
     def limit(self, config: Conv1dConfig, heads: int) -> int:  # type: ignore[override]
         return heads
