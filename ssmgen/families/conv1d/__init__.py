@@ -43,15 +43,20 @@ class Conv1d(Family):
                 (not c.aligned, stride(f"{name}_dim_stride")),
             )
 
-        def window(name: str, outer: str, type: str) -> tuple[tuple[Any, Argument], ...]:
+        def window(
+            name: str, outer: str, type: str, columns: bool
+        ) -> tuple[tuple[Any, Argument], ...]:
             state = str(c.state_dtype)
             return (
                 (True, stride(f"{name}_{outer}_stride", pool, state, type)),
-                (True, stride(f"{name}_column_stride", pool, state)),
+                (columns, stride(f"{name}_column_stride", pool, state)),
                 (not c.packed_channels, stride(f"{name}_dim_stride")),
             )
 
         rows = c.history == "rows"
+        # A window of one column is where its slot is.
+        several = c.depth != 1 or c.accepted_dtype or c.counts_dtype
+        moves = bool(c.update_state and several)
         pointers = keep(
             (True, Argument("x", f"*{c.dtype}", io)),
             (c.has_pool, Argument("conv_state", f"*{c.state_dtype}", pool)),
@@ -69,8 +74,8 @@ class Conv1d(Family):
         integers = keep(
             *inputs("x"),
             *inputs("out"),
-            *(window("state", "slot", "i64") if c.has_pool else ()),
-            *(window("initial", "row", "i32") if rows else ()),
+            *(window("state", "slot", "i64", moves) if c.has_pool else ()),
+            *(window("initial", "row", "i32", c.width > 2 or moves) if rows else ()),
             (not c.aligned, stride("weight_dim_stride")),
             (not c.aligned, stride("weight_tap_stride")),
             (not c.aligned and c.has_bias, stride("bias_stride")),
