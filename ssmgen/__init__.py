@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .config import KernelConfig
     from .kernel import Kernel, get_kernel
+    from .ops.conv1d import causal_conv1d_fn, causal_conv1d_update
     from .ops.ssu import selective_state_update
     from .plan import Plan
     from .policy import freeze
@@ -31,6 +32,8 @@ __all__ = [
     "Plan",
     "StatePool",
     "__version__",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "freeze",
     "get_kernel",
     "selective_state_update",
@@ -46,6 +49,8 @@ _WHERE = {
     "LayerSpec": "serving.record",
     "Plan": "plan",
     "StatePool": "serving.pool",
+    "causal_conv1d_fn": "ops.conv1d",
+    "causal_conv1d_update": "ops.conv1d",
     "freeze": "policy",
     "get_kernel": "kernel",
     "selective_state_update": "ops.ssu",
