@@ -39,6 +39,8 @@ VARIABLES = {
     "those that ship; separated like PATH.",
     "SSMGEN_CHECK": "1: read the index tables back before every launch and raise an error for a "
     "value that is not allowed. Waits for the GPU: for finding faults, not for serving.",
+    "SSMGEN_DEBUG": "1: a StatePool fills freed slots with NaN, and notes on the device, without "
+    "waiting for it, every slot that a step uses wrongly; StatePool.check() raises it.",
 }
 
 
@@ -57,6 +59,7 @@ class Settings:
     batch_invariant: bool
     tuned_path: tuple[Path, ...]
     check: bool
+    debug: bool
 
 
 def _flag(name: str) -> bool:
@@ -88,6 +91,11 @@ def parse_size(name: str, text: str) -> int | None:
     number, prefix, binary = found.groups()
     unit = (1024 if binary else 1000) ** ("kMGT".index(prefix) + 1) if prefix else 1
     return int(float(number) * unit) or None
+
+
+def _size(name: str, default: int) -> int | None:
+    text = os.environ.get(name)
+    return parse_size(name, text) if text else default
 
 
 def _jit() -> bool:
@@ -126,14 +134,13 @@ def settings() -> Settings:
             cache_path=_paths("SSMGEN_CACHE_PATH"),
             cache_remote=os.environ.get("SSMGEN_CACHE_REMOTE") or None,
             cache_trust=_paths("SSMGEN_CACHE_TRUST"),
-            cache_size=parse_size(
-                "SSMGEN_CACHE_SIZE", os.environ.get("SSMGEN_CACHE_SIZE") or "8GiB"
-            ),
+            cache_size=_size("SSMGEN_CACHE_SIZE", 8 << 30),
             jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
             tuned_path=_paths("SSMGEN_TUNED_PATH"),
             check=_flag("SSMGEN_CHECK"),
+            debug=_flag("SSMGEN_DEBUG"),
         )
         _memo = memo = (stamp, parsed)
     return memo[1]

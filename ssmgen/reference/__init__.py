@@ -5,6 +5,7 @@ It runs on any device, is what the ops run on CPU tensors, and is what kernels a
 
 from __future__ import annotations
 
+from .conv1d import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
 from .philox import philox4x32, random_bits
 from .rounding import PEAK, QMAX, dequantise, quantise, round_to
 from .ssu import selective_state_update, ssu_step
@@ -12,6 +13,9 @@ from .ssu import selective_state_update, ssu_step
 __all__ = [
     "PEAK",
     "QMAX",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "dequantise",
     "philox4x32",
     "quantise",

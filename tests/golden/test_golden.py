@@ -24,9 +24,29 @@ ROOT = HERE.parents[1]
 SIMPLE = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2)
 VERTICAL = Plan(algorithm="vertical", block_m=16, block_n=128, num_warps=2, num_stages=3)
 HORIZONTAL = Plan(algorithm="horizontal", block_m=64, block_n=32, num_warps=4, num_stages=2)
+MATRIX = Plan(algorithm="matrix", block_m=32, block_n=128, num_warps=2)
 PLANS = {plan.algorithm: plan for plan in (SIMPLE, VERTICAL, HORIZONTAL)}
 
 GOLDEN = {
+    "conv1d_step_bias_sm_90": (
+        Plan(algorithm="simple", block_m=1, block_n=1024, num_warps=4),
+        "sm_90",
+        {"family": "conv1d", "has_bias": True, "pdl": True},
+    ),
+    "conv1d_rows_accepted_sm_90": (
+        Plan(algorithm="simple", block_m=4, block_n=256, num_warps=1),
+        "sm_90",
+        {"family": "conv1d", "many": True, "seqlens_dtype": "int32", "accepted_dtype": "int32"},
+    ),
+    "conv1d_prefill_right_strided_sm_80": (
+        Plan(algorithm="simple", block_m=16, block_n=256, num_warps=4),
+        "sm_80",
+        {
+            "family": "conv1d", "dtype": "fp16", "weight_dtype": "fp32", "many": True,
+            "prefill": True, "seqlens_dtype": "int32", "has_initial": True, "depth": 4,
+            "packed_channels": False, "activation": None,
+        },
+    ),
     "ssu_simple_fp32_sm_90": (SIMPLE, "sm_90", {"has_z": True}),
     "ssu_simple_fp16_stochastic_sm_90": (
         SIMPLE,
@@ -69,6 +89,13 @@ GOLDEN = {
             "parents_dtype": "int32", "pdl": True,
         },
     ),
+    "ssu_matrix_fp16_sm_90": (
+        MATRIX, "sm_90", {"state_dtype": "fp16", "ntokens": 6, "has_z": True, "has_dst": True},
+    ),
+    "ssu_matrix_fp32_sm_90": (
+        dataclasses.replace(MATRIX, block_m=64, num_warps=4, maxnreg=168), "sm_90",
+        {"ntokens": 11, "index_dtype": None},
+    ),
 }  # fmt: skip
 
 
@@ -90,7 +117,7 @@ def test_the_source_is_the_one_checked_in(name, request):
 
 
 def test_every_file_here_is_of_a_test():
-    assert {p.stem for p in HERE.glob("*.py")} == {*GOLDEN, "test_golden"}
+    assert {p.stem for p in HERE.glob("*.py") if p.stem[:5] != "test_"} == {*GOLDEN}
 
 
 # Every source, by its properties
@@ -115,6 +142,12 @@ FEATURES = [
      "pdl": True},
     {"ntokens": 17, "seqlens_dtype": "int32", "has_d": False, "has_dt_bias": False, "pdl": True},
 ]  # fmt: skip
+MATRIX_FEATURES = [
+    {},
+    {"has_z": True, "has_dst": True, "index_dtype": "int32"},
+    {"has_d": False, "has_dt_bias": False, "dt_softplus": False, "index_dtype": None},
+    {"update_state": False, "dim": 80, "dstate": 256, "weight_dtype": "bf16"},
+]
 STATES = ("fp32", "bf16", "fp16", "int16", "int8", "fp8_e4m3fn")
 
 
@@ -138,6 +171,13 @@ def every_source():
                 continue
             fitted = spec("ssu").fit(config, variant, Arch.of(arch))
             yield config, fitted, arch, render(config, fitted, Arch.of(arch))
+    for state, fields, rows, tokens, arch in itertools.product(
+        STATES[:3], MATRIX_FEATURES, (16, 32, 64), (2, 8, 9), ("sm_80", "sm_90")
+    ):
+        config = KernelConfig(state_dtype=state, ntokens=tokens, **fields)
+        variant = dataclasses.replace(MATRIX, block_m=rows, num_warps=max(1, rows // 32))
+        fitted = spec("ssu").fit(config, variant, Arch.of(arch))
+        yield config, fitted, arch, render(config, fitted, Arch.of(arch))
 
 
 @pytest.fixture(scope="module")
