@@ -94,9 +94,7 @@ class Choice:
     why: str
 
 
-# Sizes at which the cost model is asked, in heads of the reference shape, and what it is trusted
-# to tell apart.
-SIZES = tuple(2**k for k in range(6, 17))
+# What the cost model is trusted to tell apart.
 TRUST = 0.005
 
 
@@ -164,7 +162,7 @@ def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[in
     if len(plans) == 1:
         return [(None, plan) for plan in plans]
     costs = {plan: estimate(family.work(config, plan), arch) for plan in plans}
-    sizes = [family.limit(config, size) for size in SIZES]
+    sizes = [family.limit(config, size) for size in family.sizes]
     cells = [{plan: cost(size) for plan, cost in costs.items()} for size in sizes]
     chosen = cover(cells, TRUST)
     found: list[tuple[int | None, Plan]] = [

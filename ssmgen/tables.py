@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .plan import Plan
 
-__all__ = ["SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "slug"]
+__all__ = ["ANY", "SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "slug"]
 
 SCHEMA = 2
+
+# The architecture and GPU of a table that nobody measured: plans by rule of thumb, for a family that
+# knows better than the cost model.
+ANY = "any"
 
 _FIELDS = ("schema", "family", "key", "gpu", "arch", "measured", "rows")
 _ROW = ("up_to_heads", "plan", "us")
@@ -66,7 +70,8 @@ def gpus(family: str, arch: Arch) -> tuple[str, ...]:
 
 
 def find(family: str, keys: Sequence[str], arch: Arch, gpu: str | None) -> Table | None:
-    """The table for the first of `keys` that has one: of this very GPU, else of any of its arch.
+    """The table for the first of `keys` that has one: of this very GPU, else of any of its arch,
+    else one written by hand for all (`ANY`).
 
     For one key those of the user come before those that ship; of several other GPUs of an arch the
     first by name is taken. Raises `ConfigError` if that table is malformed.
@@ -82,6 +87,10 @@ def find(family: str, keys: Sequence[str], arch: Arch, gpu: str | None) -> Table
     for key in keys:
         for root, name in others:
             if name != wanted and (table := _table(root, family, str(arch), name, key)):
+                return table
+    for key in keys:
+        for root in here:
+            if table := _table(root, family, ANY, ANY, key):
                 return table
     return None
 

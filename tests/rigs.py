@@ -18,11 +18,11 @@ class FakeRig:
     gpu = "NVIDIA Pretend 9000"
 
     def __init__(self, cost, *, noise=0.01, drift=0.05, launches=100, stop=math.inf, seed=0,
-                 arch="sm_90", wrong=None):  # fmt: skip
+                 arch="sm_90", wrong=None, blind=()):  # fmt: skip
         self.arch = Arch.of(arch)
         self.identity = {"gpu": self.gpu, "driver": "1.0"}
         self.cost, self.noise, self.drift, self.launches = cost, noise, drift, launches
-        self.stop, self.wrong = stop, wrong or {}
+        self.stop, self.wrong, self.blind = stop, wrong or {}, blind
         self.random = random.Random(seed)
         self.now = 100.0
         self.timings = 0
@@ -30,6 +30,9 @@ class FakeRig:
 
     def clock(self):
         return self.now
+
+    def measures(self, family):
+        return family not in self.blind
 
     @contextlib.contextmanager
     def open(self, config, batch, nheads, plans):

@@ -58,7 +58,7 @@ def tune(
             min=1,
             metavar="N",
             help="Batch x heads to measure at, counted in heads of the family's reference shape; "
-            "repeat it for more. Left out: 16 to 65536 in eleven steps.",
+            "repeat it for more. Left out: what the family names, 64 to 65536 for ssu.",
         ),
     ] = None,
     jobs: Annotated[
@@ -101,7 +101,6 @@ def tune(
     """
     from rich.console import Console
 
-    from ..tune import SIZES
     from ..tune import tune as find_plans
     from ..tune.check import check as look_for_cliffs
     from ..tune.check import odd_cells
@@ -121,7 +120,7 @@ def tune(
                 found = look_for_cliffs(cells, rig, budget=budget, compile=build, note=note)
             else:
                 found = find_plans(
-                    configs, rig, out, budget=budget, sizes=sizes or SIZES, compile=build, note=note
+                    configs, rig, out, budget=budget, sizes=sizes, compile=build, note=note
                 )
     except SsmgenError as error:
         raise typer.BadParameter(str(error)) from None

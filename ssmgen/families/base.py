@@ -54,6 +54,10 @@ class Family(ABC):
     """One family of kernels: its arguments, plans and grid."""
 
     name: str
+    # Problem sizes (batch x heads, of the reference shape) at which plans are compared, and heads
+    # that models have, the most first.
+    sizes: tuple[int, ...] = tuple(2**k for k in range(6, 17))
+    heads: tuple[int, ...] = (128, 16)
 
     @abstractmethod
     def arguments(self, config: KernelConfig) -> tuple[Argument, ...]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .tuner import SIZES, Progress, Report, tune
+from .tuner import Progress, Report, tune
 
-__all__ = ["SIZES", "Progress", "Report", "tune"]
+__all__ = ["Progress", "Report", "tune"]

@@ -38,6 +38,8 @@ def odd_cells(
     fields, in odd ones, at odd batches and heads."""
     found: dict[Cell, None] = {}
     for config in dict.fromkeys(configs):
+        if not rig.measures(config.family):
+            continue
         for shape in SHAPES:
             try:
                 odd = config.replace(**shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +42,9 @@ class Rig(Protocol):
     def clock(self) -> float:
         """Seconds."""
 
+    def measures(self, family: str) -> bool:
+        """Whether there are inputs for kernels of that family."""
+
     def open(
         self, config: KernelConfig, batch: int, nheads: int, plans: Sequence[Plan]
     ) -> AbstractContextManager[Bench]:
@@ -64,6 +68,9 @@ class GpuRig:
 
     def clock(self) -> float:
         return time.monotonic()
+
+    def measures(self, family: str) -> bool:
+        return importlib.util.find_spec(f"ssmgen.bench.problems.{family}") is not None
 
     @contextmanager
     def open(

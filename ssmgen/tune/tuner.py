@@ -22,19 +22,17 @@ from .space import entrants, prune
 from .table import write_tables
 
 __all__ = [
-    "SIZES",
     "Cell",
     "Progress",
     "Report",
     "cells_of",
     "compile_all",
+    "measurable",
     "measure_cell",
     "spaces",
     "tune",
 ]
 
-# Batch x heads, counted in heads of the family's reference shape.
-SIZES = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 # Seconds for which a race goes on at least, if there are any left.
 LEAST = 0.1
 
@@ -91,9 +89,15 @@ Note = Callable[[Progress], None]
 
 
 def cells_of(
-    configs: Iterable[KernelConfig], arch: Arch, gpu: str | None, sizes: Sequence[int] = SIZES
+    configs: Iterable[KernelConfig],
+    arch: Arch,
+    gpu: str | None,
+    sizes: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """The cells of `configs`: of those that share a key the first stands for all."""
+    """The cells of `configs`: of those that share a key the first stands for all.
+
+    `sizes` are batch x heads of the family's reference shape; None: those the family names.
+    """
     keys: dict[tuple[str, str], KernelConfig] = {}
     for config in configs:
         # What is measured is one plan a size; a forced algorithm is one of the candidates.
@@ -102,16 +106,18 @@ def cells_of(
     cells = []
     for (name, key), config in keys.items():
         choices = dispatch(config, arch, gpu)
-        shapes = dict.fromkeys(_shape(spec(name).limit(config, size)) for size in sizes)
+        family = spec(name)
+        wanted = (family.limit(config, size) for size in sizes or family.sizes)
+        shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
         for batch, nheads in shapes:
             plan = next(c.plan for c in choices if c.limit is None or batch * nheads <= c.limit)
             cells.append(Cell(config, key, batch, nheads, plan))
     return cells
 
 
-def _shape(heads: int) -> tuple[int, int]:
+def _shape(heads: int, usual: Sequence[int]) -> tuple[int, int]:
     """Batch and heads of a size, with heads as models have them."""
-    nheads = next((n for n in (128, 16) if heads >= n), heads)
+    nheads = next((n for n in usual if heads >= n), heads)
     return heads // nheads, nheads
 
 
@@ -126,13 +132,25 @@ def spaces(cells: Iterable[Cell], arch: Arch) -> dict[KernelConfig, dict[Plan, P
     }
 
 
+def measurable(configs: Iterable[KernelConfig], rig: Rig, report: Report) -> list[KernelConfig]:
+    """Those of `configs` that `rig` can make inputs for; the others' families go to `report`."""
+    found = list(configs)
+    for name in dict.fromkeys(config.family for config in found):
+        if not rig.measures(name):
+            report.failed.append(
+                {"kernel": name, "error": "there are no inputs to measure it with"}
+            )
+            found = [config for config in found if config.family != name]
+    return found
+
+
 def tune(
     configs: Iterable[KernelConfig],
     rig: Rig,
     out: Path,
     *,
     budget: float = 600.0,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] | None = None,
     compile: Compile | None = None,
     note: Note = lambda progress: None,
 ) -> Report:
@@ -143,9 +161,10 @@ def tune(
     written for each key all of whose sizes are measured.
     """
     start = rig.clock()
-    cells = cells_of(configs, rig.arch, rig.gpu, sizes)
-    plans = spaces(cells, rig.arch)
     report = Report(rig.gpu, str(rig.arch))
+    able = measurable(configs, rig, report)
+    cells = cells_of(able, rig.arch, rig.gpu, sizes)
+    plans = spaces(cells, rig.arch)
     journal = Journal(out / f"{rig.arch}.journal", rig.identity)
     try:
         _measure(rig, cells, plans, journal, report, start + budget, compile or compile_all, note)

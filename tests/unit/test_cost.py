@@ -126,14 +126,18 @@ def test_every_architecture_has_a_machine():
 def test_the_work_of_a_plan_is_counted_from_config_and_plan():
     ssu = spec("ssu")
     plan = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2)
-    fp32, fp16, int8 = (ssu.work(KernelConfig(state_dtype=s), plan) for s in ("fp32", "fp16", "int8"))
+    fp32, fp16, int8 = (
+        ssu.work(KernelConfig(state_dtype=s), plan) for s in ("fp32", "fp16", "int8")
+    )
     assert fp32.programs == 4
     assert fp32.bytes > 2 * 64 * 128 * 4
     assert fp32.bytes - fp16.bytes == 2 * 64 * 128 * 2
     assert fp16.bytes - int8.bytes == 2 * 64 * 128 - 2 * 64 * 4  # scales
     noisy = KernelConfig(state_dtype="fp16", rounding="stochastic")
     five = noisy.replace(philox_rounds=5)
-    counts = [ssu.work(c, plan).instructions for c in (KernelConfig(state_dtype="fp16"), five, noisy)]
+    counts = [
+        ssu.work(c, plan).instructions for c in (KernelConfig(state_dtype="fp16"), five, noisy)
+    ]
     assert counts == sorted(counts) and len(set(counts)) == 3
     six = ssu.work(KernelConfig(state_dtype="fp16", ntokens=6), plan)
     assert six.instructions > 4 * fp16.instructions

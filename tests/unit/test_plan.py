@@ -253,7 +253,9 @@ def test_a_users_table_of_another_gpu_yields_to_one_that_ships_for_this(table):
 def test_the_first_of_several_folders_wins(monkeypatch, tmp_path):
     for name, block_m in (("one", 1), ("two", 2)):
         put(tmp_path / name, rows_of(block_m))
-    monkeypatch.setenv("SSMGEN_TUNED_PATH", f"{tmp_path / 'none'}:{tmp_path / 'two'}:{tmp_path / 'one'}")
+    monkeypatch.setenv(
+        "SSMGEN_TUNED_PATH", f"{tmp_path / 'none'}:{tmp_path / 'two'}:{tmp_path / 'one'}"
+    )
     assert chosen(GPU).plan.block_m == 2
 
 
@@ -262,6 +264,14 @@ def test_a_more_specific_key_wins(table):
     table(rows_of(1), key="80x128.fp16.nearest")
     assert chosen(GPU, dim=80).plan.block_m == 1
     assert chosen(GPU, dim=96).plan.block_m == 2
+
+
+def test_a_table_for_all_comes_before_the_cost_model_and_after_the_arch(table):
+    table(rows_of(1), arch=tables.ANY, gpu=tables.ANY)
+    assert chosen(GPU, "sm_80").plan.block_m == 1
+    assert chosen(None, "sm_80").plan.block_m == 1
+    table(rows_of(2), arch="sm_89")
+    assert chosen(GPU, "sm_89").plan.block_m == chosen(None, "sm_89").plan.block_m == 2
 
 
 def test_variants_are_those_of_every_gpu_of_an_arch(table):
@@ -355,8 +365,8 @@ def _shipped_rows():
         yield pytest.param(path.relative_to(folder), data, id=f"{data['gpu']}-{data['key']}")
 
 
-def _configs_of(key):
-    """The configs of the reference shape that a key of a table is for."""
+def _config_of(key):
+    """The config of the reference shape that a key of a table is for."""
     state, rounding, *more = key.split(".")
     fields = {"pdl": "pdl" in more}
     more = [part for part in more if part != "pdl"]
@@ -371,14 +381,24 @@ def _configs_of(key):
     return found
 
 
+def _measured_rows():
+    return [p for p in _shipped_rows() if p.values[1]["arch"] != tables.ANY]
+
+
 @pytest.mark.parametrize(("path", "data"), _shipped_rows())
-def test_every_table_that_ships_is_sound_and_used_as_it_was_measured(path, data):
+def test_every_table_that_ships_is_well_formed_and_where_it_says(path, data):
     family, arch, gpu, name = path.parts
     tables.read((ROOT / "cache" / "dispatch" / path).read_text(), str(path))
     assert (family, arch, gpu) == (data["family"], data["arch"], tables.slug(data["gpu"]))
     assert name == f"{data['key']}.json"
+    assert (arch == tables.ANY) == (data["measured"] == {})
+
+
+@pytest.mark.parametrize(("path", "data"), _measured_rows())
+def test_every_table_that_was_measured_is_used_as_it_was_measured(path, data):
+    arch = data["arch"]
     assert {"date", "gpu", "driver", "torch", "triton"} <= set(data["measured"])
-    config = _configs_of(data["key"])
+    config = _config_of(data["key"])
     for row in data["rows"]:
         wanted = Plan(**row["plan"])
         assert SSU.fit(config, wanted, Arch.of(arch)) == wanted

@@ -20,7 +20,7 @@ from ssmgen.tune.check import LIMIT, check, odd_cells
 from ssmgen.tune.journal import Journal
 from ssmgen.tune.space import COMPILED, ENTRANTS, entrants, prune
 from ssmgen.tune.table import rows_of
-from ssmgen.tune.tuner import SIZES, cells_of
+from ssmgen.tune.tuner import cells_of
 
 SSU = spec("ssu")
 SM_90 = Arch.of("sm_90")
@@ -138,7 +138,7 @@ def test_a_kernel_that_does_not_compile_is_reported_and_stops_no_other(tmp_path)
 
 def test_configs_of_one_key_are_measured_once(tmp_path):
     same = [FP16, FP16.replace(has_z=True), FP16.replace(index_dtype="int32", algorithm="simple")]
-    assert len(cells_of(same, SM_90, None)) == len(SIZES)
+    assert len(cells_of(same, SM_90, None)) == len(SSU.sizes)
     other = [FP16.replace(pdl=True), FP16.replace(dim=128)]
     assert len({c.key for c in cells_of([*same, *other], SM_90, None)}) == 3
 
@@ -160,6 +160,29 @@ def test_a_table_of_another_shape_has_limits_of_the_reference_shape(tmp_path, mo
     monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
     low, high = dispatch(wide, SM_90, FakeRig.gpu)
     assert (low.limit, low.plan.block_m, high.plan.block_m) == (2048, 4, 16)
+
+
+def test_a_family_without_inputs_is_named_and_stops_no_other(tmp_path):
+    configs = [FP16, KernelConfig(family="conv1d")]
+    report = run(FakeRig(secretly(BEST), blind=("conv1d",)), tmp_path, configs)
+    assert [row["kernel"] for row in report.failed] == ["conv1d"]
+    assert len(report.tables) == 1
+
+
+def test_another_family_is_tuned_at_sizes_of_its_own(tmp_path, monkeypatch):
+    conv = KernelConfig(family="conv1d")
+    own = spec("conv1d")
+
+    def cost(config, plan, heads):
+        return 5 + heads / 1e5 + (plan.block_n != 512) + (plan.num_warps != 2)
+
+    rig = FakeRig(cost)
+    report = tune([conv], rig, tmp_path, compile=FakeCompiler())
+    assert [batch * heads for _, batch, heads, _ in rig.opened] == list(own.sizes)
+    assert len(report.tables) == 1
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    chosen = dispatch(conv, SM_90, rig.gpu)[0].plan
+    assert (chosen.block_n, chosen.num_warps) == (512, 2)
 
 
 # What it leaves out
@@ -217,7 +240,7 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
     cost = secretly(BEST)
     whole = FakeRig(cost)
     full = tune([FP16], whole, tmp_path / "whole", compile=FakeCompiler())
-    assert len(full.cells) == len(SIZES)
+    assert len(full.cells) == len(SSU.sizes)
 
     rig = FakeRig(cost, launches=20000)
     start = rig.now
@@ -231,7 +254,7 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
             break
         report = tune([FP16], rig, tmp_path / "short", compile=FakeCompiler(), budget=30)
     assert not report.missing
-    assert report.measured < len(SIZES) - first + 1
+    assert report.measured < len(SSU.sizes) - first + 1
     assert len(report.tables) == 1
 
 
