@@ -132,9 +132,9 @@ def prewarm(
 
     `jobs` are pairs of config and architecture. With `gpu`, a device's name, only what that one
     needs; else what any GPU of the architecture may. Without `executor` a pool of `workers`
-    processes is used, one a core by default. A kernel that fails is in the report and stops no other. It
-    compiles under ``SSMGEN_JIT=deny`` too: to call it is to ask for it. A script must call it
-    under ``if __name__ == "__main__"``. Raises `StoreError` if no store can be written.
+    processes is used, one a core by default. A kernel that fails is in the report and stops no
+    other. It compiles under ``SSMGEN_JIT=deny`` too: to call it is to ask for it. A script must
+    call it under ``if __name__ == "__main__"``. Raises `StoreError` if no store can be written.
     """
     return compile_jobs(expand(jobs, gpu), executor=executor, workers=workers, progress=progress)
 

@@ -27,8 +27,8 @@ __all__ = ["ANY", "SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "sl
 
 SCHEMA = 2
 
-# The architecture and GPU of a table that nobody measured: plans by rule of thumb, for a family that
-# knows better than the cost model.
+# The architecture and GPU of a table that nobody measured: plans by rule of thumb, for a family
+# that knows better than the cost model.
 ANY = "any"
 
 _FIELDS = ("schema", "family", "key", "gpu", "arch", "measured", "rows")

@@ -63,7 +63,7 @@ class _FakeBench:
 
 
 class FakeCompiler:
-    """Compiles nothing: resources from `resources(job)`, which an artifact's manifest would have."""
+    """Compiles nothing: `resources(job)` is what differs from the manifest of a small kernel."""
 
     def __init__(self, resources=lambda job: {}):
         self.resources = resources

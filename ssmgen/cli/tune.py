@@ -190,26 +190,18 @@ class _Lines:
 
 def _conclude(console: Console, found: Report, check: bool) -> int:
     """Print the result and how sure it is; the cells of a check that are too far behind."""
-    from rich.table import Table
-
     from ..plan import Plan
     from ..tune.check import LIMIT
 
     told = [c for c in found.cells if c["margin"] > (LIMIT if check else 0)]
-    if told:
-        view = Table(box=None, pad_edge=False)
-        for name in ("key", "batch x heads", "plan in use", "us", "faster", "us", "by", "noise",
-                     "rounds"):  # fmt: skip
-            view.add_column(name, no_wrap=True)
-        for cell in told:
-            times = {str(Plan(**s["plan"])): s["us"] for s in cell["standings"]}
-            present, winner = str(Plan(**cell["present"])), str(Plan(**cell["winner"]))
-            view.add_row(
-                cell["key"], f"{cell['batch']}x{cell['nheads']}", present,
-                f"{times[present]:.2f}", winner, f"{times[winner]:.2f}", f"{cell['margin']:.1%}",
-                f"{cell['noise']:.1%}", str(cell["rounds"]),
-            )  # fmt: skip
-        console.print(view)
+    for cell in told:
+        times = {str(Plan(**s["plan"])): s["us"] for s in cell["standings"]}
+        present, winner = str(Plan(**cell["present"])), str(Plan(**cell["winner"]))
+        text = (
+            f"{cell['cell']}: {times[winner]:.2f} us {winner}, {cell['margin']:.1%} faster than "
+            f"{times[present]:.2f} us {present} (noise {cell['noise']:.1%}, {cell['rounds']} rounds)"
+        )
+        console.print(text, markup=False, soft_wrap=True)
     for row in found.failed:
         console.print(f"FAILED {row['kernel']}: {row['error']}", style="bold red", markup=False,
                       soft_wrap=True)  # fmt: skip

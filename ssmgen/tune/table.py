@@ -61,8 +61,8 @@ def write_tables(
 
 
 def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The buckets of one key's records: neighbouring sizes share the plan that won at one of them if
-    it is within the noise of the best at the others; a limit lies between measured sizes."""
+    """The buckets of one key's records: neighbouring sizes share the plan that won at one of them
+    if it is within the noise of the best at the others; a limit lies between measured sizes."""
     records = sorted(records, key=lambda r: r["batch"] * r["nheads"])
     heads = [_reference(r) for r in records]
     winners = [next(s for s in r["standings"] if s["plan"] == r["winner"]) for r in records]

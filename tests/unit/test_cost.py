@@ -138,7 +138,8 @@ def test_the_work_of_a_plan_is_counted_from_config_and_plan():
     counts = [
         ssu.work(c, plan).instructions for c in (KernelConfig(state_dtype="fp16"), five, noisy)
     ]
-    assert counts == sorted(counts) and len(set(counts)) == 3
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 3
     six = ssu.work(KernelConfig(state_dtype="fp16", ntokens=6), plan)
     assert six.instructions > 4 * fp16.instructions
     each = KernelConfig(state_dtype="fp16", ntokens=6, has_intermediate=True, update_state=False)

@@ -52,8 +52,8 @@ def buckets(monkeypatch, store_dir, tmp_path):
     ]
     for row in rows:
         row["plan"] = {"algorithm": "simple", "block_n": 128, "num_warps": 1, **row["plan"]}
-    for key in ("fp32.nearest", "fp16.nearest"):
-        put(tmp_path / "tuned", rows, key=key)
+    for name in ("fp32.nearest", "fp16.nearest"):
+        put(tmp_path / "tuned", rows, key=name)
     monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path / "tuned"))
 
     def compile(config, chosen, arch):

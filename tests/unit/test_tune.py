@@ -1,4 +1,4 @@
-"""The tuner on a GPU that there is not: what it compiles, races, keeps, writes, and how it stops."""
+"""The tuner on a GPU that there is not: what it compiles, races and keeps, and how it stops."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def table_at(out, key="fp16.nearest", gpu=FakeRig.gpu):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_plans_are_found_and_dispatch_takes_them(tmp_path, monkeypatch, seed):
     report = run(FakeRig(secretly(BEST), seed=seed), tmp_path)
-    assert not report.missing and not report.failed
+    assert not report.missing
+    assert not report.failed
     for cell in report.cells:
         wanted = BEST[cell["batch"] * cell["nheads"] >= 2000][1]
         plan = Plan(**cell["winner"])
@@ -132,7 +133,8 @@ def test_a_kernel_that_does_not_compile_is_reported_and_stops_no_other(tmp_path)
 
     report = run(FakeRig(secretly(BEST)), tmp_path, compile=FakeCompiler(resources))
     (row,) = report.failed
-    assert str(bad) in row["kernel"] and row["error"] == "ptxas says no"
+    assert str(bad) in row["kernel"]
+    assert row["error"] == "ptxas says no"
     assert not report.missing
 
 
@@ -211,8 +213,10 @@ def test_what_spills_or_does_not_fit_is_not_raced():
     built[present] = manifest(spills=16)
     chosen, why = prune(FP16, SM_90, 1024, built, present)
     assert chosen[0] == present
-    assert spills not in chosen and "spills 16 bytes" in why[spills]
-    assert big not in chosen and "does not fit" in why[big]
+    assert spills not in chosen
+    assert "spills 16 bytes" in why[spills]
+    assert big not in chosen
+    assert "does not fit" in why[big]
     assert wide in chosen
 
 
@@ -247,7 +251,9 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
     report = tune([FP16], rig, tmp_path / "short", compile=FakeCompiler(), budget=30)
     # One round that had begun may run on.
     assert rig.now - start < 30 + 25
-    assert report.missing and report.cells and not report.tables
+    assert report.missing
+    assert report.cells
+    assert not report.tables
     first = report.measured
     for _ in range(40):
         if not report.missing:
@@ -263,17 +269,21 @@ def test_ctrl_c_keeps_what_is_done_and_nothing_is_measured_twice(tmp_path):
     report = run(stopped, tmp_path)
     assert report.interrupted
     done = [cell["cell"] for cell in report.cells]
-    assert done and report.missing
+    assert done
+    assert report.missing
     again = FakeRig(secretly(BEST))
     compiler = FakeCompiler()
     report = run(again, tmp_path, compile=compiler)
-    assert not report.interrupted and not report.missing
+    assert not report.interrupted
+    assert not report.missing
     measured = {f"ssu fp16.nearest {batch}x{nheads}" for _, batch, nheads, _ in again.opened}
     assert measured.isdisjoint(done)
     assert report.tables
     idle = FakeRig(secretly(BEST))
     report = run(idle, tmp_path)
-    assert idle.timings == 0 and report.measured == 0 and report.tables
+    assert idle.timings == 0
+    assert report.measured == 0
+    assert report.tables
 
 
 def test_progress_says_what_and_how_long(tmp_path):
@@ -302,7 +312,8 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     path = tmp_path / "sm_90.journal"
     path.write_bytes(path.read_bytes()[:-20])
     report = run(FakeRig(secretly(BEST)), tmp_path)
-    assert report.measured == 1 and not report.missing
+    assert report.measured == 1
+    assert not report.missing
     for line in path.read_text().splitlines():
         json.loads(line)
 
@@ -384,7 +395,8 @@ def test_check_finds_a_cliff_and_says_how_deep():
     deep = {c["cell"]: c["margin"] for c in report.cells if c["margin"] > LIMIT}
     assert list(deep) == ["ssu fp16.nearest 37x24"]
     assert deep["ssu fp16.nearest 37x24"] > 0.1
-    assert not report.tables and not report.missing
+    assert not report.tables
+    assert not report.missing
 
 
 def test_check_asks_odd_shapes_where_a_config_has_them():
@@ -399,7 +411,8 @@ def test_check_stops_at_its_budget_and_at_ctrl_c():
     rig = FakeRig(of_the_model, launches=20000)
     cells = odd_cells([FP16], rig, (3, 200), (24,))
     report = check(cells, rig, compile=FakeCompiler(), budget=2)
-    assert report.missing and len(report.missing) + len(report.cells) == len(cells)
+    assert report.missing
+    assert len(report.missing) + len(report.cells) == len(cells)
     rig = FakeRig(of_the_model, stop=300)
     report = check(cells, rig, compile=FakeCompiler())
     assert report.interrupted

@@ -18,8 +18,8 @@ COLUMNS = 128
 # best plan more than 6% ahead of the best of these.
 SIMPLE = ((4, 1), (8, 1), (16, 1), (16, 2), (16, 4), (16, 8), (32, 1), (32, 8), (64, 8))
 VERTICAL = ((4, 3, 2), (4, 4, 4), (8, 1, 1), (8, 3, 2), (8, 4, 1))
-# What the compiler makes of these is slower, by 11% to 20%, than their like: nothing that an estimate
-# sees. (State, rounds of Philox): (rows, warps), or (rows, stages, split).
+# What the compiler makes of these is slower, by 11% to 20%, than their like: nothing that an
+# estimate sees. (State, rounds of Philox): (rows, warps), or (rows, stages, split).
 AVOID = {
     ("fp16", 0): ((32, 8),),
     ("fp16", 5): ((16, 1), (16, 2)),
