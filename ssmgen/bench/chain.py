@@ -108,14 +108,11 @@ def chain(session: Session, result: dict[str, Any]) -> None:
     batches = wanted.batches or ((1, 16) if wanted.quick else (1, 4, 8, 16, 64))
     result["cells"] = found = []
     sizes = list(itertools.product(heads, batches))
-    try:
-        for done, (nheads, batch) in enumerate(sizes):
-            session.note(done, len(sizes), f"{nheads} heads, batch {batch}")
-            cell: dict[str, Any] = {"heads": nheads, "batch": batch}
-            found.append(cell | _measured(Links(batch, nheads), session))
-            torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        result["interrupted"] = True
+    for done, (nheads, batch) in enumerate(sizes):
+        session.note(done, len(sizes), f"{nheads} heads, batch {batch}")
+        cell: dict[str, Any] = {"heads": nheads, "batch": batch}
+        found.append(cell | _measured(Links(batch, nheads), session))
+        torch.cuda.empty_cache()
 
 
 def _measured(links: Links, session: Session) -> dict[str, Any]:

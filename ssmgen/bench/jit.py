@@ -59,7 +59,7 @@ def jit(session: Session, result: dict[str, Any]) -> None:
     script = SCRIPT.format(ready=ready, configs=configs, arch=None if on_gpu else str(arch))
     result["environment"] |= machine() | {"arch": str(arch), "loaded": on_gpu}
     result["rows"] = rows = []
-    steps = 3 if quick else 5
+    steps = 1 if quick else 5
     with tempfile.TemporaryDirectory() as folder:
         cold, warm = [], []
         for step in range(steps):

@@ -45,7 +45,8 @@ class Session:
 def run(section: str, session: Session) -> dict[str, Any]:
     """Measure one of `SECTIONS`: the content of its result file.
 
-    After Ctrl-C it holds what was measured until then, and ``interrupted``.
+    After Ctrl-C, or when the GPU is lost, it holds what was measured until then, and
+    ``interrupted``, or ``failed`` with the reason.
     """
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -53,35 +54,39 @@ def run(section: str, session: Session) -> dict[str, Any]:
         "environment": environment(),
         "bandwidth": session.bandwidth,
     }
-    if section in GRIDS:
-        _run_grid(section, session, result)
-    elif section == "chain":
-        from .chain import chain
+    try:
+        if section in GRIDS:
+            _run_grid(section, session, result)
+        elif section == "chain":
+            from .chain import chain
 
-        chain(session, result)
-    elif section == "host":
-        from .host import host
+            chain(session, result)
+        elif section == "host":
+            from .host import host
 
-        host(session, result)
-    else:
-        from .jit import jit
+            host(session, result)
+        else:
+            from .jit import jit
 
-        jit(session, result)
+            jit(session, result)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    except DeviceError as error:
+        result["failed"] = str(error)
     return result
 
 
 def _run_grid(section: str, session: Session, result: dict[str, Any]) -> None:
     cells = GRIDS[section](session.wanted)
-    result["cells"] = found = []
-    try:
-        compile_all(cells, session)
-        for done, cell in enumerate(cells):
-            session.note(done, len(cells), cell.name)
-            found.append(_measured(cell, session))
-    except KeyboardInterrupt:
-        result["interrupted"] = True
-    pairs = [(c["us"][OURS], c["again"]) for c in found if "again" in c]
-    result["noise"] = measure.noise(pairs)
+    result |= {"cells": [], "noise": None}
+    compile_all(cells, session)
+    pairs = []
+    for done, cell in enumerate(cells):
+        session.note(done, len(cells), cell.name)
+        result["cells"].append(found := _measured(cell, session))
+        if "again" in found:
+            pairs.append((found["us"][OURS], found["again"]))
+            result["noise"] = measure.noise(pairs)
 
 
 def compile_all(cells: Sequence[Cell], session: Session) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_configs import configs
 
+from ssmgen.bench.grid import config_of
 from ssmgen.bench.problem import POOL_BYTES, make
 from ssmgen.bench.problems.ssu import SsuProblem, groups, moved
 from ssmgen.families import spec
@@ -76,17 +77,14 @@ def test_bytes_are_those_of_the_tensors_with_states_both_ways(config, batch):
 
 def test_the_floors_of_published_results_are_these_bytes():
     data = json.loads((RESULTS / "ssu-h200.json").read_text())
-    shapes = {"128 heads": (128, 64), "16 heads": (16, 64), "dim 80": (128, 80)}
     seen = set()
     for cell in data["cells"]:
-        nheads, dim = shapes[cell["grid"]]
-        state, _, rounds = cell["state"].partition(" + SR ")
-        rounding = "stochastic" if rounds else "nearest"
-        config = SsuConfig(state_dtype=state, rounding=rounding, dim=dim)
-        slot = nheads * dim * 128 * ITEMSIZE[state]
+        nheads, dim = cell["heads"], cell["dim"]
+        config = config_of(cell["state"], dim=dim)
+        slot = nheads * dim * 128 * ITEMSIZE[config.state_dtype]
         sets = min(2048, max(2, -(-POOL_BYTES // (cell["batch"] * slot))))
         # Then the indices of all sets were counted, and the seed was not.
-        then = 8 * (sets - 1) * cell["batch"] - 8 * bool(rounds)
+        then = 8 * (sets - 1) * cell["batch"] - 8 * (config.rounding == "stochastic")
         floor = (moved(config, cell["batch"], nheads) + then) / data["bandwidth"] * 1e6
         assert floor == pytest.approx(cell["floor_us"], rel=1e-9), cell
         seen.add(cell["state"])
