@@ -121,7 +121,8 @@ def _measured(links: Links, session: Session) -> dict[str, Any]:
         "SSU alone": partial(links.ssu, pdl=False),
     }
     wrong = {}
-    for name, pdl in (("chain", False), ("chain with PDL", True)):
+    early = session.arch is not None and session.arch.pdl
+    for name, pdl in (("chain", False), *((("chain with PDL", True),) if early else ())):
         if fault := links.check(pdl):
             wrong[name] = fault
         else:

@@ -8,17 +8,10 @@ from typing import Any
 
 from ..errors import ArgumentValueError, UnsupportedError
 from .contestants import NAMES
-from .grid import Wanted
+from .grid import GRIDS, Grid, Wanted
 from .report import EVERYTHING, Cell, Result, names_in
 
 __all__ = ["plot"]
-
-# What a picture is split by, and what the rows of its panels are.
-LAYOUT = {
-    "ssu": (("heads", "dim"), "state"),
-    "tokens": (("heads", "writes"), "tokens"),
-    "scaling": (("axis",), "state"),
-}
 
 
 def plot(result: Result, folder: str | Path, wanted: Wanted = EVERYTHING) -> list[Path]:
@@ -34,32 +27,33 @@ def plot(result: Result, folder: str | Path, wanted: Wanted = EVERYTHING) -> lis
             "plots need matplotlib; pip install 'ssmgen[bench]'"
         ) from None  # fmt: skip
     section = result["section"]
-    if section not in LAYOUT:
+    if section not in GRIDS:
         raise ArgumentValueError(
-            f"plot: a result of {section} found; allowed: {', '.join(LAYOUT)}"
+            f"plot: a result of {section} found; allowed: {', '.join(GRIDS)}"
         )  # fmt: skip
     matplotlib.use("Agg")
     Path(folder).mkdir(parents=True, exist_ok=True)
     pictures: dict[tuple[str, ...], list[Cell]] = {}
     for cell in result["cells"]:
         if wanted.takes(cell):
-            pictures.setdefault(_picture(section, cell), []).append(cell)
+            pictures.setdefault(_picture(GRIDS[section], cell), []).append(cell)
     gpu = result["environment"].get("gpu", "")
     short = gpu.removeprefix("NVIDIA ").replace(" ", "-").lower()
     written = []
     for parts, cells in pictures.items():
         stem = "-".join(filter(None, (section, short, *parts))).replace(" ", "-")
         path = Path(folder) / f"{stem}.png"
-        _draw(path, f"{', '.join(parts)}, {gpu}", section, cells)
+        _draw(path, f"{', '.join(parts)}, {gpu}", GRIDS[section], cells)
         written.append(path)
     return written
 
 
-def _picture(section: str, cell: Cell) -> tuple[str, ...]:
+def _picture(grid: Grid, cell: Cell) -> tuple[str, ...]:
     """The parts of a picture's name: the layer's shape, and the state dtype."""
-    group, _ = LAYOUT[section]
     parts = []
-    for name in group:
+    for name in grid.group:
+        if name == "state":
+            continue
         if name == "heads":
             parts.append(f"{cell['heads']} heads")
         elif name != "dim":
@@ -69,11 +63,10 @@ def _picture(section: str, cell: Cell) -> tuple[str, ...]:
     return (*parts, cell["state"].partition(" ")[0])
 
 
-def _draw(path: Path, title: str, section: str, cells: Sequence[Cell]) -> None:
+def _draw(path: Path, title: str, grid: Grid, cells: Sequence[Cell]) -> None:
     import matplotlib.pyplot as plt
 
-    _, row = LAYOUT[section]
-    over = "value" if section == "scaling" else "batch"
+    row, over = grid.panels, grid.over
     rows = list(dict.fromkeys(cell[row] for cell in cells))
     figure, axes = plt.subplots(
         len(rows), 2, figsize=(9, 1 + 2.8 * len(rows)), sharex=True, squeeze=False
@@ -105,7 +98,7 @@ def _draw(path: Path, title: str, section: str, cells: Sequence[Cell]) -> None:
         time.yaxis.set_major_formatter("{x:g}")
         share.set_ylim(0, 100)
         time.legend(fontsize=8)
-    figure.supxlabel(cells[0]["axis"] if section == "scaling" else "batch")
+    figure.supxlabel(cells[0].get("axis", over))
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=80, metadata={"Software": None})

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ArgumentValueError
 from .contestants import COPY, NAMES, OURS
-from .grid import Wanted
+from .grid import GRIDS, Grid, Wanted
 
 __all__ = ["Table", "Timed", "dump", "fit", "intro", "load", "markdown", "names_in", "tables"]
 
@@ -23,12 +23,6 @@ Result = dict[str, Any]
 Cell = dict[str, Any]
 EVERYTHING = Wanted()
 SCHEMA = 1
-# What tables are split by, and the columns before the floor.
-LAYOUT = {
-    "ssu": (("heads", "dim"), ("state", "batch")),
-    "tokens": (("heads", "writes"), ("state", "tokens", "batch")),
-    "scaling": (("axis", "state"), ("value",)),
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def intro(result: Result) -> str:
         env["date"],
     ]
     text = ", ".join(filter(None, known))
-    if result["section"] in LAYOUT and result.get("bandwidth"):
+    if result["section"] in GRIDS and result.get("bandwidth"):
         return (
             f"{text}; in-place pass {result['bandwidth'] / 1e12:.2f} TB/s. Microseconds, and in "
             "brackets the share of the floor: the bytes that must move over that bandwidth."
@@ -115,7 +109,7 @@ def names_in(cells: Iterable[Cell]) -> list[str]:
 def tables(result: Result, wanted: Wanted = EVERYTHING) -> list[Table]:
     """The tables of a result, of the cells that are wanted."""
     section = result["section"]
-    if section in LAYOUT:
+    if section in GRIDS:
         return _grid_tables(result, wanted)
     if section == "chain":
         return _chain_tables(result, wanted)
@@ -132,27 +126,27 @@ def _plain(value: Any) -> str:
 
 
 def _grid_tables(result: Result, wanted: Wanted) -> list[Table]:
-    group, columns = LAYOUT[result["section"]]
+    grid = GRIDS[result["section"]]
     cells = [cell for cell in result["cells"] if wanted.takes(cell)]
     noise = result.get("noise")
     found = []
     by_group: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        by_group.setdefault(tuple(cell[name] for name in group), []).append(cell)
+        by_group.setdefault(tuple(cell[name] for name in grid.group), []).append(cell)
     for key, chosen in by_group.items():
-        named = dict(zip(group, key))
+        named = dict(zip(grid.group, key))
         names = names_in(chosen)
         rows = [
-            [*(cell[name] for name in columns), f"{cell['floor_us']:.2f}",
+            [*(cell[name] for name in grid.columns), f"{cell['floor_us']:.2f}",
              *(_entry(cell, name, noise) for name in names)]
             for cell in chosen
         ]  # fmt: skip
-        heading = [named["axis"] if name == "value" else name for name in columns]
+        heading = [named["axis"] if name == "value" else name for name in grid.columns]
         table = Table(_title(named), [*heading, "floor", *names], rows)
-        if result["section"] == "scaling":
+        if "axis" in named:
             table.notes = [_fitted(named["axis"], chosen, name) for name in names]
         else:
-            table.notes = _means(result["section"], chosen, names)
+            table.notes = _means(grid, chosen, names)
         found.append(table)
     if found:
         found[-1].notes += [*_noise_note(cells, noise), *_faults(cells)]
@@ -179,17 +173,10 @@ def _entry(cell: Cell, name: str, noise: float | None) -> Any:
     return Timed(us, share, ratio, max(ratio, 1 / ratio) - 1 <= noise)
 
 
-def _means(section: str, cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
+def _means(grid: Grid, cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
     """Geometric means of the ratios of each peer."""
-    parts = {
-        "ssu": (
-            (", nearest", lambda cell: "SR" not in cell["state"]),
-            (", stochastic", lambda cell: "SR" in cell["state"]),
-        ),
-        "tokens": (("", lambda cell: True), (", from batch 16 up", lambda c: c["batch"] >= 16)),
-    }[section]
     found = []
-    for peer, (title, belongs) in itertools.product(names, parts):
+    for peer, (title, belongs) in itertools.product(names, grid.means):
         if peer in (OURS, COPY):
             continue
         ratios = [

@@ -21,10 +21,9 @@ from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
 from .grid import GRIDS, Cell, Wanted
 from .problem import POOL_BYTES, Problem, make, plan_of
 
-__all__ = ["SCHEMA", "SECTIONS", "Session", "check", "contest", "environment", "run"]
+__all__ = ["SCHEMA", "Session", "check", "contest", "environment", "run"]
 
 SCHEMA = 1
-SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Session:
 
 
 def run(section: str, session: Session) -> dict[str, Any]:
-    """Measure one of `SECTIONS`: the content of its result file.
+    """Measure one section of `SECTIONS`: the content of its result file.
 
     After Ctrl-C, or when the GPU is lost, it holds what was measured until then, and
     ``interrupted``, or ``failed`` with the reason.
@@ -77,7 +76,7 @@ def run(section: str, session: Session) -> dict[str, Any]:
 
 
 def _run_grid(section: str, session: Session, result: dict[str, Any]) -> None:
-    cells = GRIDS[section](session.wanted)
+    cells = GRIDS[section].cells(session.wanted)
     result |= {"cells": [], "noise": None}
     compile_all(cells, session)
     pairs = []

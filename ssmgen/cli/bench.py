@@ -21,15 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")
-# Which options a section heeds.
-HEEDS = {
-    "ssu": ("heads", "dims", "states", "batches", "contestants", "rounds"),
-    "tokens": ("heads", "states", "batches", "tokens", "contestants", "rounds"),
+# Which options a section that is no grid heeds.
+HEEDS: dict[str, tuple[str, ...]] = {
     "chain": ("heads", "batches", "rounds"),
     "host": ("contestants",),
     "jit": (),
-    "scaling": ("states", "contestants", "rounds"),
 }
 NO_GPU = 3
 
@@ -146,7 +142,7 @@ def bench(
         return
     chosen = _sections(section or ["ssu"])
     for name, value in given.items():
-        if value is not None and name != "quick" and not any(name in HEEDS[s] for s in chosen):
+        if value is not None and name != "quick" and not any(name in _heeds(s) for s in chosen):
             raise typer.BadParameter(f"--{name} means nothing to {', '.join(chosen)}")
     folder, file = _target(out, chosen)
     from rich.console import Console
@@ -174,7 +170,17 @@ def bench(
         raise typer.Exit(1)
 
 
+def _heeds(section: str) -> tuple[str, ...]:
+    from ..bench.grid import GRIDS
+
+    if section in GRIDS:
+        return (*GRIDS[section].heeds, "contestants", "rounds")
+    return HEEDS[section]
+
+
 def _sections(names: list[str]) -> list[str]:
+    from ..bench.grid import SECTIONS
+
     if names == ["all"]:
         return list(SECTIONS)
     for name in names:
@@ -270,7 +276,7 @@ def _probe(session: Session, wanted: Wanted, chosen: list[str]) -> None:
 
     for name in chosen:
         if name in GRIDS:
-            GRIDS[name](wanted)
+            GRIDS[name].cells(wanted)
 
 
 @contextmanager

@@ -16,11 +16,11 @@ import ssmgen
 from ssmgen.arch import Arch
 from ssmgen.bench import contestants, jit, measure, session
 from ssmgen.bench.contestants import Missing
-from ssmgen.bench.grid import GRIDS, Wanted, config_of, parse_state
+from ssmgen.bench.grid import GRIDS, SECTIONS, Wanted, config_of, parse_state
 from ssmgen.bench.plots import plot
 from ssmgen.bench.problem import make
 from ssmgen.bench.report import dump, fit, load, markdown, tables
-from ssmgen.bench.session import SECTIONS, Session, contest, run
+from ssmgen.bench.session import Session, contest, run
 from ssmgen.errors import ArgumentValueError, ConfigError, DeviceError, UnsupportedError
 from ssmgen.families import spec
 
@@ -62,7 +62,7 @@ def tiny(**fields: Any) -> Any:
 
 
 def test_the_single_token_grid_is_every_state_by_batch_at_three_layers():
-    cells = GRIDS["ssu"](Wanted())
+    cells = GRIDS["ssu"].cells(Wanted())
     assert len(cells) == 3 * 12 * 6
     assert len({cell.key for cell in cells}) == len(cells)
     for cell in cells:
@@ -76,7 +76,7 @@ def test_the_single_token_grid_is_every_state_by_batch_at_three_layers():
 
 
 def test_the_grid_of_tokens_writes_one_state_or_each():
-    cells = GRIDS["tokens"](Wanted())
+    cells = GRIDS["tokens"].cells(Wanted())
     assert len(cells) == 2 * 2 * 3 * 4 * 6
     for cell in cells:
         every = dict(cell.key)["writes"] == "every token"
@@ -86,7 +86,7 @@ def test_the_grid_of_tokens_writes_one_state_or_each():
 
 
 def test_scaling_varies_one_size_at_a_time():
-    cells = GRIDS["scaling"](Wanted())
+    cells = GRIDS["scaling"].cells(Wanted())
     for axis in ("batch", "heads", "dim", "dstate", "tokens"):
         mine = [cell for cell in cells if dict(cell.key)["axis"] == axis]
         sizes = {(c.batch, c.nheads, c.config.dim, c.config.dstate, c.config.ntokens) for c in mine}
@@ -96,8 +96,8 @@ def test_scaling_varies_one_size_at_a_time():
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_quick_is_a_small_part_of_the_grid(name):
-    whole = {cell.key for cell in GRIDS[name](Wanted())}
-    quick = {cell.key for cell in GRIDS[name](Wanted(quick=True))}
+    whole = {cell.key for cell in GRIDS[name].cells(Wanted())}
+    quick = {cell.key for cell in GRIDS[name].cells(Wanted(quick=True))}
     assert quick
     assert quick < whole
     assert len(quick) <= len(whole) / 2
@@ -105,14 +105,14 @@ def test_quick_is_a_small_part_of_the_grid(name):
 
 def test_what_is_asked_for_is_what_the_grid_has():
     wanted = Wanted(heads=(24,), dims=(96,), states=("int8",), batches=(7,), tokens=(3,))
-    (cell,) = GRIDS["ssu"](wanted)
+    (cell,) = GRIDS["ssu"].cells(wanted)
     assert (cell.nheads, cell.batch, cell.config.dim, cell.config.state_dtype) == (
         24,
         7,
         96,
         "int8",
     )
-    assert {dict(c.key)["tokens"] for c in GRIDS["tokens"](wanted)} == {3}
+    assert {dict(c.key)["tokens"] for c in GRIDS["tokens"].cells(wanted)} == {3}
     assert wanted.takes(dict(cell.key))
     assert not wanted.takes({**dict(cell.key), "batch": 8})
 
@@ -132,7 +132,7 @@ def test_a_state_that_is_none_is_an_error(text):
         parse_state(text)
 
 
-@pytest.mark.parametrize("cell", GRIDS["tokens"](Wanted(quick=True)), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", GRIDS["tokens"].cells(Wanted(quick=True)), ids=lambda c: c.name)
 def test_a_cell_is_compiled_beforehand_under_the_config_its_calls_ask_for(cell):
     problem = make(cell.config, 1, 2, device="cpu", pool_bytes=0)
     asked = spec("ssu").layout(**problem.arguments(0)).config
@@ -388,7 +388,7 @@ def test_a_run_says_what_ran_on_what_and_how_noisy_it_was(monkeypatch):
 
 def test_what_a_run_launches_is_compiled_before_its_first_cell(store_dir):
     made = Session(wanted=TINY, names=("ssmgen",), arch=Arch.of("sm_90"))
-    session.compile_all(GRIDS["ssu"](TINY), made)
+    session.compile_all(GRIDS["ssu"].cells(TINY), made)
     there = {path.parent.name for path in store_dir.glob("v1/??/*/*")}
     kernel = ssmgen.get_kernel(config_of("fp16", dim=16), arch="sm_90")
     assert {v.artifact.manifest["key"] for v in kernel.variants} == there
@@ -574,6 +574,21 @@ def test_a_picture_has_time_and_share_of_every_contestant(tmp_path, monkeypatch)
     assert stochastic.lines[1].get_color() == share.lines[1].get_color()
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_tokens_and_scaling_have_pictures_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    times = {"floor_us": 1.0, "us": {"ssmgen": 2.0}, "wrong": {}, "missing": {}}
+    many = [{"heads": 16, "writes": "last only", "state": "bf16", "tokens": t, "batch": b, **times}
+            for t in (2, 4) for b in (1, 8)]  # fmt: skip
+    grows = [{"axis": "dstate", "state": "bf16", "value": n, **times} for n in (16, 32)]
+    written = [
+        *plot({**result_of(many), "section": "tokens"}, tmp_path),
+        *plot({**result_of(grows), "section": "scaling"}, tmp_path),
+    ]
+    assert [path.name for path in written] == [
+        "tokens-t9-16-heads-last-only-bf16.png", "scaling-t9-dstate-bf16.png",
+    ]  # fmt: skip
 
 
 def test_a_section_without_pictures_is_an_error(tmp_path):
