@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
 from .grid import GRIDS, Cell, Wanted
 from .problem import POOL_BYTES, Problem, make, plan_of
 
-__all__ = ["SCHEMA", "Session", "check", "contest", "environment", "run"]
+__all__ = ["SCHEMA", "Session", "admitted", "contest", "environment", "noting", "run"]
 
 SCHEMA = 1
 
@@ -136,43 +137,53 @@ def contest(
     """Check every contestant of a problem against fp64, then time those that are right.
 
     Returns:
-        us: microseconds a launch by contestant, the median of ``rounds``; again: a second
-        measurement of ssmgen's; wrong: what is wrong, by contestant, and no time; missing: why
-        one is not there, by contestant.
+        By contestant, us: microseconds a launch, the median of ``rounds``; wrong: what is wrong
+        with one that has no time; missing: why one is not there. And again: a second measurement
+        of ssmgen's.
     """
-    wrong: dict[str, str] = {}
-    missing: dict[str, str] = {}
+    found: dict[str, Any] = {"us": {}, "rounds": {}, "wrong": {}, "missing": {}}
     recorded: dict[str, measure.Recorded] = {}
     for name in names:
-        try:
-            calls = adapter(name, problem.config.family)(problem)
-            if fault := check(name, problem, calls):
-                wrong[name] = fault
-                continue
-            recorded[name] = record(calls)
-        except Missing as reason:
-            missing[name] = str(reason)
-        except torch.OutOfMemoryError:
-            missing[name] = "out of memory"
-        except Exception as error:
-            _still_there(name, error)
-            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        with noting(name, found):
+            recorded[name] = record(admitted(name, problem))
     if OURS in recorded:
         recorded["again"] = record(adapter(OURS, problem.config.family)(problem))
     times = measure.in_turn(recorded, rounds=rounds)
-    again = times.pop("again", None)
-    found: dict[str, Any] = {"us": {name: each.median for name, each in times.items()}}
-    if again is not None:
-        found["again"] = again.median
-    found["rounds"] = {name: list(each.rounds) for name, each in times.items()}
-    return found | {"wrong": wrong, "missing": missing}
+    if "again" in times:
+        found["again"] = times.pop("again").median
+    for name, each in times.items():
+        found["us"][name], found["rounds"][name] = each.median, list(each.rounds)
+    return found
 
 
-def check(name: str, problem: Problem, calls: Calls) -> str:
-    """What is wrong with a contestant's calls, or ""; a copy has nothing to be wrong."""
-    if name == COPY:
-        return ""
-    return problem.verify(lambda which: calls[which](), forgiven=forgiven(name, problem))
+class Wrong(Exception):
+    """A contestant whose result was not right."""
+
+
+def admitted(name: str, problem: Problem) -> Calls:
+    """The calls of a contestant, if it is here and right; else `Missing` or `Wrong`."""
+    calls = adapter(name, problem.config.family)(problem)
+    if name != COPY:  # which has nothing to be wrong
+        allowance = forgiven(name, problem)
+        if fault := problem.verify(lambda which: calls[which](), forgiven=allowance):
+            raise Wrong(fault)
+    return calls
+
+
+@contextlib.contextmanager
+def noting(name: str, found: dict[str, Any]) -> Iterator[None]:
+    """What keeps a contestant out goes into ``wrong`` or ``missing`` of `found`."""
+    try:
+        yield
+    except Missing as reason:
+        found["missing"][name] = str(reason)
+    except torch.OutOfMemoryError:
+        found["missing"][name] = "out of memory"
+    except Wrong as fault:
+        found["wrong"][name] = str(fault)
+    except Exception as error:
+        _still_there(name, error)
+        found["wrong"][name] = f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _still_there(name: str, error: Exception) -> None:

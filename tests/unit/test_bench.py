@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import ssmgen
+from ssmgen import kernel
 from ssmgen.arch import Arch
-from ssmgen.bench import contestants, jit, measure, session
+from ssmgen.bench import contestants, host, jit, measure, session
 from ssmgen.bench.contestants import Missing
 from ssmgen.bench.grid import GRIDS, SECTIONS, Wanted, config_of, parse_state
 from ssmgen.bench.plots import plot
@@ -169,13 +170,6 @@ def test_a_turn_is_the_median_of_its_replays_without_the_first():
     assert times["a"].rounds == (5.0,)
 
 
-def test_spread_is_that_of_the_middle_half():
-    assert measure.Times((1.0, 10.0, 10.0, 10.2, 10.4, 10.4, 90.0)).spread == pytest.approx(
-        0.4 / 10.2
-    )
-    assert measure.Times((3.0,)).spread == 0
-
-
 def test_noise_is_what_nineteen_of_twenty_pairs_stay_within():
     pairs = [(100.0, 100.0 + i / 10) for i in range(40)] + [(100.0, 300.0)]
     assert measure.noise(pairs) == pytest.approx(0.038)
@@ -320,7 +314,7 @@ def test_peers_are_called_with_what_makes_them_right(name, label, fields, monkey
         assert name != "flashinfer"
         return
     assert len(calls) == problem.sets
-    assert session.check(name, problem, calls) == ""
+    assert problem.verify(lambda which: calls[which]()) == ""
     assert ("out" in calls[0].keywords) == (name != "mamba_ssm")
 
 
@@ -390,8 +384,8 @@ def test_what_a_run_launches_is_compiled_before_its_first_cell(store_dir):
     made = Session(wanted=TINY, names=("ssmgen",), arch=Arch.of("sm_90"))
     session.compile_all(GRIDS["ssu"].cells(TINY), made)
     there = {path.parent.name for path in store_dir.glob("v1/??/*/*")}
-    kernel = ssmgen.get_kernel(config_of("fp16", dim=16), arch="sm_90")
-    assert {v.artifact.manifest["key"] for v in kernel.variants} == there
+    variants = ssmgen.get_kernel(config_of("fp16", dim=16), arch="sm_90").variants
+    assert {v.artifact.manifest["key"] for v in variants} == there
 
 
 def test_ctrl_c_keeps_the_cells_that_were_measured():
@@ -405,6 +399,34 @@ def test_ctrl_c_keeps_the_cells_that_were_measured():
     assert result["interrupted"]
     assert [cell["batch"] for cell in result["cells"]] == [1]
     assert result["noise"] == 0.0
+
+
+def test_host_times_public_functions_and_a_bound_launch(monkeypatch):
+    class Kernel:
+        def bind(self, **tensors: torch.Tensor) -> Any:
+            assert spec("ssu").layout(**tensors, dt_softplus=True).config == asked[0]
+            return "bound"
+
+    asked: list[Any] = []
+
+    def get_kernel(config: Any) -> Kernel:
+        asked.append(config)
+        return Kernel()
+
+    timed: list[Any] = []
+    monkeypatch.setattr(kernel, "get_kernel", get_kernel)
+    monkeypatch.setattr(host, "host_time", lambda call, samples: timed.append(call) or len(timed))
+    monkeypatch.setattr(host, "make", lambda *a, **o: tiny())
+    peers(monkeypatch, flashinfer=off, vllm=right, mamba_ssm=raising)
+    names = ("ssmgen", "flashinfer", "vllm", "mamba_ssm", "fla", "copy")
+    result = run("host", Session(names=names, device="cpu"))
+    assert [(row["name"], row["value"]) for row in result["rows"]] == [
+        ("ssmgen op call", 1), ("vllm op call", 2), ("ssmgen bound launch", 3),
+        ("get_kernel again", 4),
+    ]  # fmt: skip
+    assert timed[2] == "bound"
+    assert set(result["wrong"]) == {"flashinfer", "mamba_ssm"}
+    assert set(result["missing"]) == {"fla"}
 
 
 def test_jit_times_compilation_and_reading_in_fresh_processes(monkeypatch):
