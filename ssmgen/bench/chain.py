@@ -19,6 +19,7 @@ import triton.language as tl
 from .grid import config_of
 from .measure import cold, interleaved
 from .problems.ssu import SsuProblem
+from .report import line
 
 if TYPE_CHECKING:
     from .session import Session
@@ -112,6 +113,7 @@ def chain(session: Session, result: dict[str, Any]) -> None:
         session.note(done, len(sizes), f"{nheads} heads, batch {batch}")
         cell: dict[str, Any] = {"heads": nheads, "batch": batch}
         found.append(cell | _measured(Links(batch, nheads), session))
+        session.tell(line(found[-1]))
         torch.cuda.empty_cache()
 
 

@@ -17,7 +17,18 @@ from ..errors import ArgumentValueError
 from .contestants import COPY, NAMES, OURS
 from .grid import GRIDS, Grid, Wanted
 
-__all__ = ["Table", "Timed", "dump", "fit", "intro", "load", "markdown", "names_in", "tables"]
+__all__ = [
+    "Table",
+    "Timed",
+    "dump",
+    "fit",
+    "intro",
+    "line",
+    "load",
+    "markdown",
+    "names_in",
+    "tables",
+]
 
 Result = dict[str, Any]
 Cell = dict[str, Any]
@@ -151,6 +162,16 @@ def _grid_tables(result: Result, wanted: Wanted) -> list[Table]:
     if found:
         found[-1].notes += [*_noise_note(cells, noise), *_faults(cells)]
     return found
+
+
+def line(cell: Cell) -> str:
+    """What a cell came to, on one line."""
+    parts = [f"floor {cell['floor_us']:.2f}"] if "floor_us" in cell else []
+    for name, us in cell["us"].items():
+        share = f" ({100 * cell['floor_us'] / us:.0f}%)" if "floor_us" in cell else ""
+        parts.append(f"{name} {us:.2f}{share}")
+    parts += [f"WRONG {name}: {what}" for name, what in cell["wrong"].items()]
+    return ", ".join(parts)
 
 
 def _title(named: dict[str, Any]) -> str:

@@ -21,15 +21,15 @@ from . import contestants, measure
 from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
 from .grid import GRIDS, Cell, Wanted
 from .problem import POOL_BYTES, Problem, make, plan_of
+from .report import SCHEMA, line
 
-__all__ = ["SCHEMA", "Session", "admitted", "contest", "environment", "noting", "run"]
-
-SCHEMA = 1
+__all__ = ["Session", "admitted", "contest", "environment", "noting", "run"]
 
 
 @dataclass
 class Session:
-    """What the sections of one run share. `note` hears (done, total, what is next)."""
+    """What the sections of one run share. `note` hears (done, total, what is next), `tell` what
+    a cell came to, on one line."""
 
     wanted: Wanted = field(default_factory=Wanted)
     names: Sequence[str] = NAMES
@@ -40,6 +40,7 @@ class Session:
     bandwidth: float | None = None
     record: measure.Record = measure.graph
     note: Callable[[int, int, str], None] = lambda done, total, text: None
+    tell: Callable[[str], None] = lambda text: None
 
 
 def run(section: str, session: Session) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def _run_grid(section: str, session: Session, result: dict[str, Any]) -> None:
         if "again" in found:
             pairs.append((found["us"][OURS], found["again"]))
             result["noise"] = measure.noise(pairs)
+        session.tell(line(found))
 
 
 def compile_all(cells: Sequence[Cell], session: Session) -> None:

@@ -281,7 +281,8 @@ def _probe(session: Session, wanted: Wanted, chosen: list[str]) -> None:
 
 @contextmanager
 def _display(console: Console, session: Session) -> Iterator[None]:
-    """Show how far a session is: a bar on a terminal, else a line a cell."""
+    """Show what a session finds, and how far it is: a bar on a terminal, else a line a cell."""
+    session.tell = lambda text: console.print(f"    {text}", markup=False, soft_wrap=True)
     if not console.is_terminal:
 
         def note(done: int, total: int, text: str) -> None:

@@ -20,7 +20,7 @@ from ssmgen.bench.contestants import Missing
 from ssmgen.bench.grid import GRIDS, SECTIONS, Wanted, config_of, parse_state
 from ssmgen.bench.plots import plot
 from ssmgen.bench.problem import make
-from ssmgen.bench.report import dump, fit, load, markdown, tables
+from ssmgen.bench.report import dump, fit, line, load, markdown, tables
 from ssmgen.bench.session import Session, contest, run
 from ssmgen.errors import ArgumentValueError, ConfigError, DeviceError, UnsupportedError
 from ssmgen.families import spec
@@ -374,9 +374,12 @@ def test_a_run_says_what_ran_on_what_and_how_noisy_it_was(monkeypatch):
         config = config_of("fp16", dim=16)
         assert cell["us"] == {"ssmgen": 2.0, "copy": 3.0}
         assert cell["again"] == 2.1
-        keys = {v.artifact.manifest["key"]: str(v.plan)
-                for v in ssmgen.get_kernel(config, arch="sm_90").variants}  # fmt: skip
-        assert keys[cell["kernel"]["key"]] == cell["kernel"]["plan"]
+        ours = ssmgen.get_kernel(config, arch="sm_90")
+        serves = ours.select(cell["batch"], 2)
+        assert serves.plan != ours.plan
+        assert cell["kernel"] == {
+            "key": serves.artifact.manifest["key"], "plan": str(serves.plan),
+        }  # fmt: skip
     assert json.loads(dump(result)) == json.loads(json.dumps(result))
 
 
@@ -488,6 +491,12 @@ def test_a_wrong_contestant_is_named_and_has_no_time_in_a_table():
     assert "| fp32 | 1 | 2.00 | 4.00 (50%) | wrong |" in text
     assert "WRONG: vllm, not timed in 1: output off by 3" in text
     assert text.count("no such thing") == 1
+
+
+def test_a_cell_on_one_line_has_times_shares_and_faults():
+    assert line(cell(1, 2.0, {"vllm": "output off by 3"}, ssmgen=4.0, copy=2.5)) == (
+        "floor 2.00, ssmgen 4.00 (50%), copy 2.50 (80%), WRONG vllm: output off by 3"
+    )
 
 
 def test_markdown_says_once_what_neighbours_were_measured_on():

@@ -93,7 +93,7 @@ def test_wrong_usage_names_what_is_wrong_and_exits_with_2(arguments, said):
 def test_a_run_prints_a_table_and_writes_its_result(gpu, tmp_path):
     result = run("ssu", *CELLS, "--contestants", "ssmgen,copy", "--out", "new/folder")
     assert result.exit_code == 0
-    assert "1/2 heads 2, dim 16, fp16, batch 1" in result.stdout
+    assert "1/2 heads 2, dim 16, fp16, batch 1\n    floor " in result.stdout
     (path,) = tmp_path.rglob("*.json")
     assert path == tmp_path / "new" / "folder" / "ssu-t-9.json"
     written = json.loads(path.read_text())
