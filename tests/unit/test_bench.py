@@ -315,7 +315,11 @@ def test_peers_are_called_with_what_makes_them_right(name, label, fields, monkey
         return
     assert len(calls) == problem.sets
     assert problem.verify(lambda which: calls[which]()) == ""
-    assert ("out" in calls[0].keywords) == (name != "mamba_ssm")
+    given = calls[0].keywords
+    assert ("out" in given) == (name != "mamba_ssm")
+    if name == "flashinfer":
+        assert given.get("philox_rounds", 0) == problem.config.philox_rounds
+        assert given.get("cache_steps", 1) == problem.config.ntokens
 
 
 def test_the_copy_moves_the_bytes_of_the_problem_in_place():
