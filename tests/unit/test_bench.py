@@ -590,25 +590,32 @@ def test_there_is_a_picture_for_each_state_dtype_and_layer(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
-def test_a_picture_has_time_and_share_of_every_contestant(tmp_path, monkeypatch):
+def test_a_picture_has_time_and_share_of_every_contestant_in_its_colour(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import matplotlib.pyplot as plt
 
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
+    figures: list[Any] = []
+    monkeypatch.setattr(plt, "close", figures.append)
     published = load(RESULTS / "ssu-h200.json")
-    wanted = Wanted(heads=(128,), dims=(64,), states=("fp16", "fp16 + SR 10"))
-    assert len(plot(published, tmp_path, wanted)) == 1
-    (figure,) = kept
-    time, share, _, stochastic = figure.axes
-    chosen = [c for c in published["cells"] if wanted.takes(c) and c["state"] == "fp16"]
-    lines = {line.get_label(): line for line in time.lines}
-    assert set(lines) == {"ssmgen", "flashinfer", "vllm", "floor"}
-    assert list(lines["vllm"].get_ydata()) == [c["us"]["vllm"] for c in chosen]
-    assert [line.get_label() for line in stochastic.lines] == ["ssmgen", "flashinfer"]
-    assert stochastic.lines[1].get_color() == share.lines[1].get_color()
+    wanted = Wanted(heads=(128,), states=("fp16", "fp16 + SR 10"))
+    assert len(plot(published, tmp_path, wanted)) == 2
     monkeypatch.undo()
-    plt.close(figure)
+    time, share, _, stochastic = figures[0].axes
+    chosen = [c for c in published["cells"]
+              if (c["heads"], c["dim"], c["state"]) == (128, 64, "fp16")]  # fmt: skip
+    times, shares = ({each.get_label(): each for each in axis.lines} for axis in (time, share))
+    assert set(times) == {"ssmgen", "flashinfer", "vllm", "floor"}
+    assert list(times["vllm"].get_ydata()) == [c["us"]["vllm"] for c in chosen]
+    assert list(times["floor"].get_ydata()) == [c["floor_us"] for c in chosen]
+    assert list(shares["vllm"].get_ydata()) == [
+        pytest.approx(100 * c["floor_us"] / c["us"]["vllm"]) for c in chosen
+    ]
+    assert [each.get_label() for each in stochastic.lines] == ["ssmgen", "flashinfer"]
+    # The second picture has no FlashInfer.
+    (other,) = (e for e in figures[1].axes[0].lines if e.get_label() == "vllm")
+    assert other.get_color() == times["vllm"].get_color()
+    for figure in figures:
+        plt.close(figure)
 
 
 def test_tokens_and_scaling_have_pictures_of_their_own(tmp_path):

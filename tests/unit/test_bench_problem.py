@@ -184,16 +184,35 @@ def test_verify_sees_what_is_wrong(case, spoil, said):
 
 
 def test_verify_looks_at_the_rows_it_is_told_and_the_far_end_of_memory():
-    problem = small(SsuConfig(dim=8, dstate=16), batch=9)
-    far = int(problem.sources[0].argmax())
+    problem = make(SsuConfig(dim=8, dstate=16), 9, 2, device="cpu", pool_bytes=40_000)
+    which, far = next(
+        (i, int(slots.argmax()))
+        for i, slots in enumerate(problem.sources)
+        if slots.argmax() not in (0, 8)
+    )
 
-    def launch(row: int) -> Any:
+    def wrong(row: int) -> Any:
         def run(which: int) -> None:
             problem.launch(which)
             problem.out[row] += 1
 
         return run
 
-    assert problem.verify(launch(far), rows=2)
-    assert problem.verify(launch(0), rows=2)
-    assert problem.verify(launch(8), rows=2)
+    seen = {row for row in range(9) if problem.verify(wrong(row), which, rows=2)}
+    assert seen == {0, far, 8}
+
+
+def test_verify_sees_a_launch_that_does_nothing_after_a_right_one():
+    problem = small(SsuConfig(dim=8, dstate=16))
+    assert problem.verify(problem.launch) == ""
+    assert problem.verify(lambda which: None) == "output not written everywhere"
+
+
+def test_verify_sees_a_state_that_is_nan():
+    problem = small(SsuConfig(dim=8, dstate=16))
+
+    def launch(which: int) -> None:
+        problem.launch(which)
+        problem.pool[problem.sources[which][0], 1, 2, 3] = torch.nan
+
+    assert problem.verify(launch) == "state off by inf of what is allowed"
