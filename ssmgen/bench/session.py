@@ -15,7 +15,7 @@ import torch
 
 from .._version import __version__
 from ..arch import Arch
-from ..errors import DeviceError
+from ..errors import DeviceError, SsmgenError
 from ..template import key as key_of
 from . import contestants, measure
 from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
@@ -46,7 +46,7 @@ class Session:
 def run(section: str, session: Session) -> dict[str, Any]:
     """Measure one section of `SECTIONS`: the content of its result file.
 
-    After Ctrl-C, or when the GPU is lost, it holds what was measured until then, and
+    After Ctrl-C, or an error such as a lost GPU, it holds what was measured until then, and
     ``interrupted``, or ``failed`` with the reason.
     """
     result: dict[str, Any] = {
@@ -72,7 +72,7 @@ def run(section: str, session: Session) -> dict[str, Any]:
             jit(session, result)
     except KeyboardInterrupt:
         result["interrupted"] = True
-    except DeviceError as error:
+    except SsmgenError as error:
         result["failed"] = str(error)
     return result
 

@@ -437,18 +437,20 @@ def test_host_times_public_functions_and_a_bound_launch(monkeypatch):
 
 
 def test_jit_times_compilation_and_reading_in_fresh_processes(monkeypatch):
-    monkeypatch.setattr(jit, "prewarm_rate", lambda model, archs: {"model": model, "archs": archs})
+    monkeypatch.setattr(
+        jit, "prewarm_rate", lambda configs, archs: {"of": len(configs), "on": archs}
+    )
     result = run("jit", Session(wanted=Wanted(quick=True), device="cpu"))
     values = {row["name"]: row["value"] for row in result["rows"]}
     assert values["first get_kernel from disk"] < values["first get_kernel compiled"]
     assert values["next get_kernel from disk"] < values["next get_kernel compiled"]
-    assert result["prewarm"] == {"model": jit.MODEL, "archs": ["sm_90"]}
+    assert result["prewarm"] == {"model": jit.MODEL, "of": 4, "on": ["sm_90"]}
     assert result["environment"]["cores"] >= 1
 
 
 def test_prewarm_rate_counts_what_an_empty_store_was_given(store_dir):
     configs = [config_of("fp32", dim=16, dstate=16), config_of("fp16", dim=16, dstate=16)]
-    found = jit.prewarmed(configs, ["sm_90"], workers=1)
+    found = jit.prewarm_rate(configs, ["sm_90"], workers=1)
     assert found["kernels"] == sum(found["kernels_per_arch"].values()) >= 2
     assert found["kernels_per_second_after_first"] > 0
     assert not list(store_dir.glob("v1/??/*"))
