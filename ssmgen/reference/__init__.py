@@ -5,6 +5,7 @@ It runs on any device, is what the ops run on CPU tensors, and is what kernels a
 
 from __future__ import annotations
 
+from .gdn import delta_gates, delta_step, gated_delta_rule_decode
 from .philox import philox4x32, random_bits
 from .rounding import PEAK, QMAX, dequantise, quantise, round_to
 from .ssu import selective_state_update, ssu_step
@@ -12,7 +13,10 @@ from .ssu import selective_state_update, ssu_step
 __all__ = [
     "PEAK",
     "QMAX",
+    "delta_gates",
+    "delta_step",
     "dequantise",
+    "gated_delta_rule_decode",
     "philox4x32",
     "quantise",
     "random_bits",

@@ -97,9 +97,7 @@ class GdnConfig(KernelConfig, family="gdn"):
             for name in ("has_dst", "accepted_dtype"):
                 if value := getattr(self, name):
                     allowed = "False" if value is True else "None"
-                    self.reject(
-                        name, value, f"{allowed} without state_batch_indices (index_dtype)"
-                    )
+                    self.reject(name, value, f"{allowed} without state_batch_indices (index_dtype)")
         if self.has_dst and not self.update_state:
             self.reject("has_dst", True, "False when no state is written")
         if self.dst_tokens and not (self.has_dst and self.ntokens > 1):
