@@ -59,8 +59,8 @@ def toolchain() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     # `version` parses the whole text as e-mail, at a fifth of what a first `get_kernel` may cost.
-    stated = re.search(r"^Version: *(\S+)", triton.read_text("METADATA") or "", re.MULTILINE)
-    name = f"triton-{stated[1] if stated else triton.version}"
+    _, _, stated = (triton.read_text("METADATA") or "").partition("\nVersion: ")
+    name = f"triton-{stated.partition(chr(10))[0].strip() or triton.version}"
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         if path := os.environ.get(variable):
             try:

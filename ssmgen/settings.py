@@ -87,6 +87,11 @@ def parse_size(name: str, text: str) -> int | None:
     return int(float(number) * unit) or None
 
 
+def _size(name: str, default: int) -> int | None:
+    text = os.environ.get(name)
+    return parse_size(name, text) if text else default
+
+
 def _jit() -> bool:
     value = os.environ.get("SSMGEN_JIT", "").strip().lower() or "allow"
     if value not in ("allow", "deny"):
@@ -123,9 +128,7 @@ def settings() -> Settings:
             cache_path=_paths("SSMGEN_CACHE_PATH"),
             cache_remote=os.environ.get("SSMGEN_CACHE_REMOTE") or None,
             cache_trust=_paths("SSMGEN_CACHE_TRUST"),
-            cache_size=parse_size(
-                "SSMGEN_CACHE_SIZE", os.environ.get("SSMGEN_CACHE_SIZE") or "8GiB"
-            ),
+            cache_size=_size("SSMGEN_CACHE_SIZE", 8 << 30),
             jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import textwrap
 from typing import Any
@@ -63,9 +64,12 @@ def digest(family: str) -> str:
     base = resources.root() / "templates"
     total = hashlib.sha256()
     for folder in ("common", family):
-        for path in sorted((base / folder).glob("*.j2")):
-            total.update(f"{folder}/{path.name}\0".encode())
-            total.update(hashlib.sha256(path.read_bytes()).digest())
+        # Plain calls: paths would cost a first `get_kernel` a tenth of its time.
+        where = str(base / folder)
+        for name in sorted(name for name in os.listdir(where) if name.endswith(".j2")):
+            total.update(f"{folder}/{name}\0".encode())
+            with open(f"{where}/{name}", "rb") as file:
+                total.update(hashlib.sha256(file.read()).digest())
     return total.hexdigest()
 
 

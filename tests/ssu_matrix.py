@@ -25,7 +25,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "destinations": {"indices": [4, -1, 2], "dst": [3, 5, -1]},
     "int32": {"index_dtype": "int32"},
     "no update": {"update": False},
-    "views of a projection": {"packed": True, "z": True, "lead": 8},
+    # Eight heads: the projection's rows, which hold a dt for each, are then multiples of 16 bytes.
+    "views of a projection": {"packed": True, "z": True, "lead": 8, "nheads": 8, "ngroups": 2},
     "slots apart": {"pitch": 64, "offset": 16},
     "16-bit weights": {"weight_dtype": "bf16", "dt_dtype": "fp16", "a_dtype": "bf16"},
 }

@@ -1,38 +1,21 @@
-"""selective_state_update: the public op.
-
-One path from the user's tensors to a launch: the *layout* of a call (dtypes, shapes, strides,
-switches) is checked once against the contract (`ssmgen.families.ssu.contract`) and remembered;
-after that a call packs addresses and launches. The op is registered as
-``torch.ops.ssmgen.selective_state_update``; plain eager tensors take the same path without the
-dispatcher.
-"""
+"""selective_state_update: the public op."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
 
-from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, UnsupportedError
+from ..errors import ArgumentValueError, UnsupportedError
+from ..families.base import Layout
 from ..families.ssu.contract import ABI_TENSORS, check_dtypes, layout, normalise
 from ..reference.ssu import selective_state_update as reference
 from ..reference.tables import read_tables
-from ..settings import settings
+from .operation import Operation, require_tensor
 
 __all__ = ["selective_state_update"]
 
 Tensor = torch.Tensor
-
-try:
-    from torch._C import _cuda_getCurrentRawStream as _current_stream
-except ImportError:  # a torch built without CUDA
-
-    def _current_stream(device: int) -> int:
-        raise RuntimeError("this torch has no CUDA")
 
 
 def selective_state_update(
@@ -137,128 +120,40 @@ def selective_state_update(
     if backend != "auto":
         raise UnsupportedError(f"backend: {backend!r}; allowed: 'auto'")
     if out is None:
-        _require_tensor("x", x)
+        require_tensor("x", x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tensors: tuple[Tensor | None, ...] = (
+    tensors = (
         state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
-        dst_state_batch_indices, rand_seed,
+        dst_state_batch_indices, rand_seed, intermediate_states_buffer, intermediate_state_indices,
+        intermediate_state_scales, cu_seqlens, num_accepted_tokens, parent_tokens,
     )  # fmt: skip
-    if (
-        cu_seqlens is not None
-        or intermediate_states_buffer is not None
-        or intermediate_state_indices is not None
-        or intermediate_state_scales is not None
-        or num_accepted_tokens is not None
-        or parent_tokens is not None
-    ):
-        tensors += (
-            intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales,
-            cu_seqlens, num_accepted_tokens, parent_tokens,
-        )  # fmt: skip
     switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl,
                 cache_steps, precision)  # fmt: skip
-    # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
-    if (
-        is_compiling()
-        or type(x) is not Tensor
-        or type(state) is not Tensor
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or peek_interpreter_stack() is not None
-    ):
-        for name, tensor in zip(ABI_TENSORS, tensors):
-            _require_tensor(name, tensor)
-        absent = (None,) * (len(ABI_TENSORS) - len(tensors))
-        torch.ops.ssmgen.selective_state_update(*tensors, *absent, *switches)
-    else:
-        _run(tensors, switches)
+    operation(tensors, switches)
     return out
 
 
-_SCHEMA = (
-    "selective_state_update(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x, Tensor dt, "
-    "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(c!) out, "
-    "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, Tensor? rand_seed, "
-    "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
-    "Tensor(e!)? intermediate_state_scales, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
-    "Tensor? parent_tokens, bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, "
-    "int philox_rounds, str algorithm, bool pdl, int cache_steps, str precision) -> ()"
-)
-
-_local = threading.local()
+def _views(arguments: dict[str, Any]) -> dict[str, Any]:
+    return normalise({n: arguments[n] for n in ABI_TENSORS if arguments[n] is not None})
 
 
-def _run(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
-    x = tensors[2]
-    if x.is_cuda:  # type: ignore[union-attr]
-        _run_cuda(tensors, switches)
-    elif x.is_cpu:  # type: ignore[union-attr]
-        with torch.no_grad():
-            _run_cpu(tensors, switches)
-    else:
-        raise DeviceError(f"x: on {x.device}; allowed: cuda, cpu")  # type: ignore[union-attr]
+def _reference(arguments: dict[str, Any], described: Layout) -> None:
+    views = _views(arguments)
+    config: Any = described.config
+    seed = views.pop("rand_seed", None)
+    reference(
+        **views,
+        dt_softplus=arguments["dt_softplus"],
+        pad_slot_id=arguments["pad_slot_id"],
+        disable_state_update=arguments["disable_state_update"],
+        rand_seed=seed if config.rounding == "stochastic" else None,
+        philox_rounds=config.philox_rounds or 10,
+        cache_steps=arguments["cache_steps"],
+    )
 
 
-def _run_cuda(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
-    name: list[Any] = [switches]
-    for tensor in tensors:
-        if tensor is None:
-            name.append(None)
-        else:
-            # A lazily negated view has the address of what it negates.
-            name += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(),
-                     tensor.is_neg())  # fmt: skip
-    pointers = [t.data_ptr() for t in tensors if t is not None]
-    name += (tensors[i].data_ptr() & 15 for i in _ALIGNED)  # type: ignore[union-attr]
-    if len(tensors) > _BUFFER and (buffer := tensors[_BUFFER]) is not None:
-        name.append(buffer.data_ptr() & 15)
-    key = tuple(name)
-    try:
-        launch, device, keep, checked = _local.launches[key]
-    except (KeyError, AttributeError):
-        launch, device, keep, checked = _prepare(key, tensors, switches)
-    if checked and not torch.cuda.is_current_stream_capturing():
-        _check_tables(tensors, switches)
-    if keep is not None:
-        pointers = [pointers[i] for i in keep]
-    if device == torch._C._cuda_getDevice():
-        launch(_current_stream(device), *pointers)
-    else:
-        with torch.cuda.device(device):
-            launch(_current_stream(device), *pointers)
-
-
-_ALIGNED = tuple(ABI_TENSORS.index(n) for n in ("state", "x", "A", "B", "C"))
-_BUFFER = ABI_TENSORS.index("intermediate_states_buffer")
-
-# Layouts kept per thread; beyond it all are forgotten, which costs a check each to come back.
-MAX_LAYOUTS = 4096
-
-
-def _prepare(
-    key: Any, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]
-) -> tuple[Any, int, list[int] | None, bool]:
-    from ..kernel import get_kernel
-
-    described = layout(**_arguments(tensors, switches))
-    device = tensors[0].device.index  # type: ignore[union-attr]
-    kernel = get_kernel(described.config, device=device)
-    launch = kernel.launch_for(described)
-    given = [n for n, t in zip(ABI_TENSORS, tensors) if t is not None]
-    keep = None
-    if len(given) != len(described.tensors):
-        keep = [given.index(n) for n in described.tensors]
-    launches = _local.__dict__.setdefault("launches", {})
-    if len(launches) >= MAX_LAYOUTS:
-        launches.clear()
-    launches[key] = found = (launch, device, keep, settings().check)
-    return found
-
-
-def _check_tables(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
-    """Under SSMGEN_CHECK: read the index tables back and raise for what no kernel can tell."""
-    arguments = _arguments(tensors, switches)
-    views = normalise({n: t for n, t in zip(ABI_TENSORS, tensors) if t is not None})
+def _check_tables(arguments: dict[str, Any]) -> None:
+    views = _views(arguments)
     tables = {n: views[n] for n in _TABLES if n in views}
     if arguments["disable_state_update"]:
         tables.pop("dst_state_batch_indices", None)
@@ -267,7 +162,7 @@ def _check_tables(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...])
         len(views["state"]),
         arguments["pad_slot_id"],
         cache_steps=arguments["cache_steps"],
-        **tables,  # type: ignore[arg-type]
+        **tables,
     )
 
 
@@ -282,61 +177,25 @@ _TABLES = (
 )
 
 
-def _run_cpu(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
-    arguments = _arguments(tensors, switches)
-    described = layout(**arguments)
-    if 0 in tensors[2].shape:  # type: ignore[union-attr]
-        return
-    if settings().interpret:
-        from ..interpreter import interpret
-
-        if settings().check:
-            _check_tables(tensors, switches)
-
-        interpret(described, arguments)
-        return
-    views = normalise({n: t for n, t in zip(ABI_TENSORS, tensors) if t is not None})
-    config: Any = described.config
-    reference(
-        **{n: t for n, t in views.items() if n != "rand_seed"},  # type: ignore[arg-type]
-        dt_softplus=arguments["dt_softplus"],
-        pad_slot_id=arguments["pad_slot_id"],
-        disable_state_update=arguments["disable_state_update"],
-        rand_seed=views.get("rand_seed") if config.rounding == "stochastic" else None,
-        philox_rounds=config.philox_rounds or 10,
-        cache_steps=arguments["cache_steps"],
-    )
-
-
-def _arguments(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> dict[str, Any]:
-    names = ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds", "algorithm",
-             "pdl", "cache_steps", "precision")  # fmt: skip
-    for name, tensor in zip(ABI_TENSORS, tensors):
-        _require_tensor(name, tensor)
-    return {**dict(zip(ABI_TENSORS, tensors)), **dict(zip(names, switches))}
-
-
-def _require_tensor(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, Tensor):
-        raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
-
-
-def _dispatched(*arguments: Any) -> None:
-    count = len(ABI_TENSORS)
-    _run(arguments[:count], arguments[count:])
-
-
-def _fake(*arguments: Any) -> None:
-    count = len(ABI_TENSORS)
-    tensors = {n: t for n, t in zip(ABI_TENSORS, arguments[:count]) if t is not None}
+def _fake(tensors: dict[str, Tensor]) -> None:
     views = normalise(tensors)
     if views["x"].shape != views["out"].shape:
         raise ArgumentValueError("out: not of the shape of x")
     check_dtypes(views)
 
 
-_library = torch.library.Library("ssmgen", "DEF")
-_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-_library.impl("selective_state_update", _dispatched, "CPU")
-_library.impl("selective_state_update", _dispatched, "CUDA")
-torch.library.register_fake("ssmgen::selective_state_update", _fake, lib=_library)
+operation = Operation(
+    "selective_state_update(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x, Tensor dt, "
+    "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(c!) out, "
+    "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, Tensor? rand_seed, "
+    "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
+    "Tensor(e!)? intermediate_state_scales, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
+    "Tensor? parent_tokens, bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, "
+    "int philox_rounds, str algorithm, bool pdl, int cache_steps, str precision) -> ()",
+    rows="x",
+    aligned=("state", "x", "A", "B", "C", "intermediate_states_buffer"),
+    layout=layout,
+    reference=_reference,
+    fake=_fake,
+    check=_check_tables,
+)

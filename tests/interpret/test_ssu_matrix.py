@@ -16,8 +16,9 @@ from ssmgen.plan import dispatch
 
 SMALL = {"nheads": 2, "ngroups": 1, "dim": 32, "dstate": 32}
 STATES = ("fp32", "bf16", "fp16")
-# Two bf16 terms leave a 16-bit state's last bit open more often than fp32 does.
-DETERMINED = {"fp32": 0.0, "bf16": 0.99, "fp16": 0.93}
+# Two bf16 terms leave a 16-bit state's last bit open more often than fp32 does, most often after
+# many tokens; no bound decides the bits of an fp32 state.
+DETERMINED = {"fp32": 0.0, "bf16": 0.85, "fp16": 0.45}
 
 
 def plan(rows, warps):
@@ -64,10 +65,8 @@ def test_every_tile_is_right(state, tokens, rows, warps):
 def test_any_shape_is_right_and_touches_nothing_else(
     state, tokens, dim, dstate, groups, name, arch, random
 ):
-    call = make_matrix(
-        state, tokens=tokens, nheads=groups[0], ngroups=groups[1], dim=dim, dstate=dstate,
-        random=random, **CALLS[name],
-    )  # fmt: skip
+    sizes = {"nheads": groups[0], "ngroups": groups[1], "dim": dim, "dstate": dstate}
+    call = make_matrix(state, tokens=tokens, random=random, **{**sizes, **CALLS[name]})
     verify(call, call.interpreted(arch=arch), bounded(call))
 
 
@@ -131,7 +130,7 @@ def test_what_is_not_finite_reaches_no_earlier_token(state, name):
 
 def test_A_that_is_not_a_number_is_seen_in_every_output():
     call = make_matrix("fp16", tokens=3, batch=1, **SMALL)
-    call["A"][..., 0] = torch.nan
+    call["A"][..., 0, 0] = torch.nan  # one value a head
     assert call.interpreted()["out"].isnan().all()
 
 
