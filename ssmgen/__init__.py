@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .config import KernelConfig
     from .kernel import Kernel, get_kernel
+    from .ops.gdn import gated_delta_rule_decode, split_qkv
     from .ops.ssu import selective_state_update
     from .plan import Plan
     from .policy import freeze
@@ -26,8 +27,10 @@ __all__ = [
     "Plan",
     "__version__",
     "freeze",
+    "gated_delta_rule_decode",
     "get_kernel",
     "selective_state_update",
+    "split_qkv",
 ]
 
 logging.getLogger("ssmgen").addHandler(logging.NullHandler())
@@ -38,8 +41,10 @@ _WHERE = {
     "KernelConfig": "config",
     "Plan": "plan",
     "freeze": "policy",
+    "gated_delta_rule_decode": "ops.gdn",
     "get_kernel": "kernel",
     "selective_state_update": "ops.ssu",
+    "split_qkv": "ops.gdn",
 }
 
 

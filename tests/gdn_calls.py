@@ -307,8 +307,8 @@ def _errors(
     signed_key = signed_key.repeat_interleave(ratio, dim=1).unsqueeze(2)
     rest = (v - (signed * before * signed_key).sum(-1)).abs()
     delta = beta.abs().unsqueeze(-1) * rest
-    delta_off = beta.abs().unsqueeze(-1) * predicted_off + delta * (beta_off[..., None] + 3 * U
-                                                                    if beta_off.dim() else 3 * U)  # fmt: skip
+    gate_off = (beta_off[..., None] if beta_off.dim() else beta_off) + 3 * U
+    delta_off = beta.abs().unsqueeze(-1) * predicted_off + delta * gate_off
     error = error + key * delta_off.unsqueeze(-1) * (1 + k_off)
     error = error + delta.unsqueeze(-1) * key * (k_off + 2 * U) + 2 * U * h.abs()
     error = error * 1.001 + 2.0**-140  # products of two errors
