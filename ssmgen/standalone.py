@@ -22,7 +22,7 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
     """The file. With `interpret` it also runs on a CPU, under ``TRITON_INTERPRET=1``; it then has
     the source of the oldest architecture, without conversions that the interpreter gets wrong.
 
-    Raises `UnsupportedError` if the family has no such form.
+    Raises `UnsupportedError` if the family has no such form, or not for this config.
     """
     from jinja2 import TemplateNotFound
 
@@ -31,9 +31,15 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
         template = _environment().get_template(name)
     except TemplateNotFound:
         raise UnsupportedError(f"family {config.family}: has no standalone form") from None
+    family = spec(config.family)
+
+    def unsupported(what: str) -> None:
+        raise UnsupportedError(f"standalone: {what} are not served in a file that runs alone")
+
+    if interpret and plan.algorithm == "matrix":
+        unsupported("Gluon kernels (algorithm matrix) in the interpreter")
     if interpret:
         arch = Arch.of(KNOWN[0])
-    family = spec(config.family)
     main = template.render(
         config=config,
         entry=entry_name(config, plan),
@@ -41,14 +47,12 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
         grid=functools.partial(family.grid, config, plan),
         options=options(config, plan, arch),
         interpret=interpret,
+        unsupported=unsupported,
         **family.context(config, plan, arch),
     )
     where = "a GPU, or on a CPU with TRITON_INTERPRET=1" if interpret else "a GPU"
     source = render(config, plan, arch, interpret=interpret)
-    source = source.replace(
-        '\n"""\n\nimport triton\n',
-        f"\n\nRun it on {where}. It needs Triton and PyTorch,\nand checks its own result.\n"
-        '"""\n\nimport torch\nimport triton\n',
-        1,
-    )
+    head, body = source.split('\n"""\n\n', 1)
+    head += f"\n\nRun it on {where}. It needs Triton and PyTorch,\nand checks its own result.\n"
+    source = f'{head}"""\n\nimport torch\n{body}'
     return f"{source}\n\n{main.rstrip()}\n"

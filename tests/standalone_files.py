@@ -27,7 +27,17 @@ FEATURES = {
                  "weight_dtype": "bf16", "a_dtype": "fp16", **SMALL},
     "read-only-unindexed": {"state_dtype": "fp16", "index_dtype": None, "update_state": False,
                             "algorithm": "horizontal", "dtype": "fp16", **SMALL},
+    "tokens": {"state_dtype": "bf16", "ntokens": 3, "has_z": True, "has_dst": True,
+               "algorithm": "simple", **SMALL},
+    "tokens-mamba1-int8": {"state_dtype": "int8", "ntokens": 2, "tie_hdim": False,
+                           "aligned": False, "algorithm": "simple", **SMALL},
 }  # fmt: skip
+
+# In Gluon, so on a GPU alone.
+GLUON = {
+    "matrix": {"state_dtype": "fp16", "ntokens": 6, "has_z": True},
+    "matrix-fp32": {"state_dtype": "fp32", "ntokens": 11, "algorithm": "matrix"},
+}
 
 
 def made(config: KernelConfig, arch: str = "sm_90", *, interpret: bool) -> str:

@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 SIMPLE = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2)
 VERTICAL = Plan(algorithm="vertical", block_m=16, block_n=128, num_warps=2, num_stages=3)
 HORIZONTAL = Plan(algorithm="horizontal", block_m=64, block_n=32, num_warps=4, num_stages=2)
+MATRIX = Plan(algorithm="matrix", block_m=32, block_n=128, num_warps=2)
 PLANS = {plan.algorithm: plan for plan in (SIMPLE, VERTICAL, HORIZONTAL)}
 
 GOLDEN = {
@@ -68,6 +69,13 @@ GOLDEN = {
             "dst_tokens": True, "seqlens_dtype": "int32", "accepted_dtype": "int32",
             "parents_dtype": "int32", "pdl": True,
         },
+    ),
+    "ssu_matrix_fp16_sm_90": (
+        MATRIX, "sm_90", {"state_dtype": "fp16", "ntokens": 6, "has_z": True, "has_dst": True},
+    ),
+    "ssu_matrix_fp32_sm_90": (
+        dataclasses.replace(MATRIX, block_m=64, num_warps=4, maxnreg=168), "sm_90",
+        {"ntokens": 11, "index_dtype": None},
     ),
 }  # fmt: skip
 
@@ -115,6 +123,12 @@ FEATURES = [
      "pdl": True},
     {"ntokens": 17, "seqlens_dtype": "int32", "has_d": False, "has_dt_bias": False, "pdl": True},
 ]  # fmt: skip
+MATRIX_FEATURES = [
+    {},
+    {"has_z": True, "has_dst": True, "index_dtype": "int32"},
+    {"has_d": False, "has_dt_bias": False, "dt_softplus": False, "index_dtype": None},
+    {"update_state": False, "dim": 80, "dstate": 256, "weight_dtype": "bf16"},
+]
 STATES = ("fp32", "bf16", "fp16", "int16", "int8", "fp8_e4m3fn")
 
 
@@ -138,6 +152,13 @@ def every_source():
                 continue
             fitted = spec("ssu").fit(config, variant, Arch.of(arch))
             yield config, fitted, arch, render(config, fitted, Arch.of(arch))
+    for state, fields, rows, tokens, arch in itertools.product(
+        STATES[:3], MATRIX_FEATURES, (16, 32, 64), (2, 8, 9), ("sm_80", "sm_90")
+    ):
+        config = KernelConfig(state_dtype=state, ntokens=tokens, **fields)
+        variant = dataclasses.replace(MATRIX, block_m=rows, num_warps=max(1, rows // 32))
+        fitted = spec("ssu").fit(config, variant, Arch.of(arch))
+        yield config, fitted, arch, render(config, fitted, Arch.of(arch))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from standalone_files import FEATURES, made, run_alone
+from standalone_files import FEATURES, GLUON, made, run_alone
 from typer.testing import CliRunner
 
 from ssmgen import Arch, KernelConfig, Plan
@@ -52,6 +52,9 @@ def everything():
     ):
         config = KernelConfig(**{"pdl": True, **fields})
         yield config, arch, interpret, made(config, arch, interpret=interpret)
+    for fields in GLUON.values():
+        config = KernelConfig(**fields)
+        yield config, "sm_90", False, made(config, "sm_90", interpret=False)
 
 
 def test_ruff_leaves_every_file_as_it_is(tmp_path):
@@ -73,11 +76,12 @@ def test_the_kernel_in_the_file_is_the_one_that_is_compiled():
             continue
         target = Arch.of(arch)
         plan = dispatch(config, target)[-1].plan
-        head, body = render(config, plan, target).split('\n"""\n\nimport triton\n')
+        head, body = render(config, plan, target).split('\n"""\n\n')
         assert source.startswith(head)
         assert body in source
         assert f"num_warps={plan.num_warps}," in source
-        assert ("launch_pdl=True" in source) == target.pdl
+        assert ("launch_pdl=True" in source) == (target.pdl and config.pdl)
+        assert (f"maxnreg={plan.maxnreg}," in source) == (plan.maxnreg is not None)
         for argument in spec("ssu").arguments(config):
             assert f"        {argument.name}=" in source
 
@@ -120,6 +124,19 @@ def test_a_family_without_such_a_template_says_so():
     plan = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2)
     with pytest.raises(UnsupportedError, match="family other: has no standalone form"):
         standalone(Other(), plan, Arch.of("sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "interpret", "what"),
+    [
+        ({"ntokens": 4, "parents_dtype": "int32"}, False, "tables of several tokens"),
+        ({"ntokens": 4, "has_intermediate": True}, True, "tables of several tokens"),
+        (GLUON["matrix"], True, "Gluon kernels .algorithm matrix. in the interpreter"),
+    ],
+)
+def test_what_no_file_serves_is_refused_by_name(fields, interpret, what):
+    with pytest.raises(UnsupportedError, match=f"standalone: {what}"):
+        made(KernelConfig(**fields), interpret=interpret)
 
 
 # The command
