@@ -116,8 +116,8 @@ def gdn_simple(
     tile = state + slot * state_slot_stride + head * state_head_stride + first
     h = tl.load(tile + offsets, mask=live & (cols < K)[None, :], other=0.0).to(tl.float32)
     rate = tl.exp(tl.load(A_log + head * A_log_stride).to(tl.float32))
-    bias_head = dt_bias + head * dt_bias_head_stride
-    bias = tl.load(bias_head + cols * dt_bias_channel_stride, mask=cols < K, other=0.0).to(tl.float32)
+    bias_at = dt_bias + head * dt_bias_head_stride + cols * dt_bias_channel_stride
+    bias = tl.load(bias_at, mask=cols < K, other=0.0).to(tl.float32)
     scale = scale_bits.to(tl.float32, bitcast=True)
     lower_bound = lower_bound_bits.to(tl.float32, bitcast=True)
 
@@ -130,11 +130,13 @@ def gdn_simple(
     seed_ = tl.load(seed).to(tl.uint64)
 
     for token in tl.range(length):
-        q_ = tl.load(q_head + token * q_token_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
-        k_ = tl.load(k_head + token * k_token_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+        q_at = q_head + token * q_token_stride + cols
+        q_ = tl.load(q_at, mask=cols < K, other=0.0).to(tl.float32)
+        k_at = k_head + token * k_token_stride + cols
+        k_ = tl.load(k_at, mask=cols < K, other=0.0).to(tl.float32)
         v_ = tl.load(v_rows + token * v_token_stride + rows).to(tl.float32)
-        a_token = a_head + token * a_token_stride
-        a_ = tl.load(a_token + cols * a_channel_stride, mask=cols < K, other=0.0).to(tl.float32)
+        a_at = a_head + token * a_token_stride + cols * a_channel_stride
+        a_ = tl.load(a_at, mask=cols < K, other=0.0).to(tl.float32)
         b_ = tl.load(b_head + token * b_token_stride).to(tl.float32)
         q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
         k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)

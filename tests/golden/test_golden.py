@@ -188,6 +188,8 @@ GDN_FEATURES = [
     {"has_dst": True, "index_dtype": "int32", "head_k_dim": 96, "head_v_dim": 8},
     {"gate": "given", "a_dtype": "fp32", "grouped": True},
     {"gate": "given", "kda": True, "head_k_dim": 8, "head_v_dim": 24},
+    {"kda": True, "head_k_dim": 40, "ntokens": 9, "seqlens_dtype": "int32", "accepted_dtype":
+     "int64", "has_intermediate": True},
     {"gate": "bounded", "kda": True, "grouped": True, "a_log_dtype": "bf16"},
     {"accepted_dtype": "int64", "has_intermediate": True, "entry_dtype": "int32"},
     {"ntokens": 3, "kda": True, "head_k_dim": 256, "head_v_dim": 64, "pdl": True},
