@@ -108,7 +108,7 @@ def moved(call: Call, device: Any) -> Call:
         memory = storages[whole.data_ptr()].untyped_storage()
         return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    return Call({n: move(t) for n, t in call.tensors.items()}, copy.copy(call.switches))
+    return type(call)({n: move(t) for n, t in call.tensors.items()}, copy.copy(call.switches))
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gdn_calls import LAYOUTS, STATES, make, row_of, token_of, verify
+from gdn_calls import KINDS, LAYOUTS, STATES, make, row_of, token_of, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_calls import raw, same
@@ -12,63 +12,6 @@ from ssu_calls import raw, same
 from ssmgen import Plan
 
 SMALL = {"H": 1, "HV": 2, "K": 16, "V": 8}
-
-# One of each kind of call.
-KINDS = {
-    "plain": {},
-    "without table": {"indices": None, "H": 2, "V": 16, "K": 8},
-    "ratio 1": {"H": 2},
-    "ratio 3": {"H": 2, "HV": 6, "batch": 2},
-    "ratio 4": {"HV": 4},
-    "ratio 8": {"HV": 8, "batch": 1},
-    "sizes of no power of two": {"K": 24, "V": 40},
-    "many columns": {"K": 72, "V": 8, "batch": 2},
-    "no bias, no norm, a scale": {"dt_bias": False, "l2norm": False, "scale": 0.3},
-    "fp32 inputs, narrow weights": {
-        "dtype": "fp32", "a_dtype": "fp32", "b_dtype": "fp16", "a_log_dtype": "bf16",
-        "dt_bias_dtype": "bf16",
-    },
-    "fp16 inputs": {"dtype": "fp16", "a_dtype": "fp16", "b_dtype": "fp16"},
-    "bounded": {"gate": "bounded"},
-    "given": {"gate": "given", "a_dtype": "fp32"},
-    "kda": {"kda": True, "H": 2, "K": 24},
-    "kda bounded": {"kda": True, "gate": "bounded"},
-    "kda given": {"kda": True, "gate": "given", "a_dtype": "fp32", "dt_bias": False},
-    "flat views": {"packing": "flat", "H": 2, "HV": 6, "lead": 3, "batch": 2},
-    "interleaved views": {"packing": "interleaved", "H": 2, "HV": 6, "batch": 2},
-    "interleaved views of tokens": {
-        "packing": "interleaved", "H": 2, "HV": 4, "tokens": 2, "batch": 2,
-    },
-    "interleaved kda": {"packing": "interleaved", "H": 2, "HV": 4, "kda": True, "batch": 2},
-    "pool with gaps": {"pitch": 8, "offset": 3},
-    "token axis": {"token_axis": True, "index_dtype": "int32"},
-    "split slots": {"indices": [4, -1, 2], "dst": [3, 5, -1]},
-    "no update": {"update": False},
-    "accepted, one token": {
-        "accepted": [0, 1, 3], "indices": [[0, 1, 2], [3, -1, 4], [5, 6, 7]],
-        "dst": [8, 9, -1],
-    },
-    "one token, snapshot": {"buffer": 2, "indices": [5, -1, 3]},
-    "tokens": {"tokens": 3},
-    "tokens without table": {"tokens": 2, "indices": None},
-    "a destination a token": {
-        "tokens": 3, "indices": [0, -1, 2], "dst": [[3, -1, 4], [5, 6, 7], [8, 9, 1]],
-    },
-    "snapshots by row": {"tokens": 3, "buffer": 4, "update": False, "indices": [7, -1, 2]},
-    "snapshots by entry": {"tokens": 2, "buffer": 2, "entries": [5, -1, 0]},
-    "accepted": {
-        "tokens": 2, "accepted": [0, 1, 3], "indices": [[0, 1, 2], [-1, 3, 4], [5, 6, 7]],
-        "dst": "source",
-    },
-    "sequences": {"lengths": [2, 0, 1, 4], "steps": 4, "indices": [3, 1, -1, 0]},
-    "sequences without table": {"lengths": [2, 0, 3], "steps": 3, "indices": None},
-    "sequences of one": {"lengths": [1, 0, 1], "steps": 1, "indices": [3, 1, 2]},
-    "sequences, accepted, all else": {
-        "lengths": [3, 1, 0], "steps": 3, "accepted": [2, 1, 9], "dst": "source", "kda": True,
-        "indices": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "buffer": 3, "entries": [4, 1, 0],
-    },
-    "padding is slot 0": {"pad": 0, "indices": [0, 3, 0], "buffer": 1},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("order", LAYOUTS)
