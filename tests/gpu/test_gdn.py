@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
+from gdn_serving import GdnServer, exact
+from serving import MUTATIONS, assert_close, assert_same_outputs
 from ssu_calls import digest, moved, raw, same
 
 import ssmgen
@@ -281,3 +283,25 @@ def test_pdl_is_right_behind_a_kernel_that_signals_early(state, options):
     torch.cuda.synchronize()
     assert same(call["out"], want["out"])
     assert same(call["state"], want["state"])
+
+
+# Speculative serving
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("way", [{}, {"plain": True}, {"keep": "buffered"}], ids=str)
+def test_speculation_changes_no_bit_of_what_is_accepted(way, pdl):
+    options = {"device": "cuda", "dim": 64, "dstate": 128, "pdl": pdl, **way}
+    server = GdnServer(drafts=3, **options)
+    close = exact(server)
+    found = server.run()
+    assert_same_outputs(found, GdnServer(drafts=0, **options).run())
+    assert_close(found, close, 1e-5)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_simulation_fails_for_a_server_with_this_bug(mutation):
+    options = {"device": "cuda", "dim": 64, "dstate": 128, "plain": True}
+    wanted = GdnServer(drafts=0, **options).run()
+    with pytest.raises(AssertionError, match="outputs differ"):
+        assert_same_outputs(GdnServer(drafts=3, mutation=mutation, **options).run(), wanted)
