@@ -73,6 +73,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "sequences": {"lengths": [2, 0, 1, 4], "steps": 4, "indices": [3, 1, -1, 0]},
     "sequences without table": {"lengths": [2, 0, 3], "steps": 3, "indices": None},
+    "sequences, split slots": {
+        "lengths": [2, 0, 1], "steps": 2, "indices": [3, 1, 2], "dst": [7, 8, 9],
+    },
     "sequences of one": {"lengths": [1, 0, 1], "steps": 1, "indices": [3, 1, 2]},
     "sequences, accepted, all else": {
         "lengths": [3, 1, 0], "steps": 3, "accepted": [2, 1, 9], "dst": "source", "kda": True,
