@@ -15,6 +15,7 @@ from ssu_configs import configs
 from ssmgen.bench.grid import config_of
 from ssmgen.bench.problem import POOL_BYTES, make
 from ssmgen.bench.problems.ssu import SsuProblem, groups, moved
+from ssmgen.errors import UnsupportedError
 from ssmgen.families import spec
 from ssmgen.families.ssu.config import ITEMSIZE, SsuConfig
 
@@ -116,6 +117,14 @@ def test_arguments_allocate_nothing_on_the_way_to_a_launch():
     for name, tensor in twice[0].items():
         if isinstance(tensor, torch.Tensor):
             assert tensor.data_ptr() == twice[1][name].data_ptr(), name
+
+
+def test_a_family_without_problems_is_an_error_that_names_it():
+    class Config:
+        family = "none"
+
+    with pytest.raises(UnsupportedError, match="the family none has no problems"):
+        make(Config(), 1, 1)
 
 
 @pytest.mark.parametrize(("nheads", "count"), [(128, 8), (16, 1), (8, 1), (48, 3), (80, 5)])
