@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import KernelConfig
     from .kernel import Kernel, get_kernel
     from .ops.conv1d import causal_conv1d_fn, causal_conv1d_update
+    from .ops.gdn import gated_delta_rule_decode, split_qkv
     from .ops.ssu import selective_state_update
     from .plan import Plan
     from .policy import freeze
@@ -35,8 +36,10 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "freeze",
+    "gated_delta_rule_decode",
     "get_kernel",
     "selective_state_update",
+    "split_qkv",
 ]
 
 logging.getLogger("ssmgen").addHandler(logging.NullHandler())
@@ -52,8 +55,10 @@ _WHERE = {
     "causal_conv1d_fn": "ops.conv1d",
     "causal_conv1d_update": "ops.conv1d",
     "freeze": "policy",
+    "gated_delta_rule_decode": "ops.gdn",
     "get_kernel": "kernel",
     "selective_state_update": "ops.ssu",
+    "split_qkv": "ops.gdn",
 }
 
 

@@ -38,11 +38,12 @@ class Graph:
         return start.elapsed_time(end) * 1000 / self._launches
 
     def warm_up(self, milliseconds: float) -> None:
-        """Replay for so long, at least once, so that the clocks are up."""
+        """Replay for so long, at least once, so that the clocks are up; and wait for the end."""
         each = self.replay() * self._launches / 1000
         with torch.cuda.stream(self._stream):
             for _ in range(int(milliseconds / each)):
                 self._graph.replay()
+        self._stream.synchronize()
 
 
 def time_graph(

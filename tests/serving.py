@@ -1,4 +1,4 @@
-"""A server that decodes speculatively with selective_state_update; there is no model behind it.
+"""A server that decodes speculatively with an op of ours; there is no model behind it.
 
 Every request has a true sequence of inputs. A step gives a row the next true token and 0 to
 `drafts` draft tokens, of which a random number are the true ones that follow and the others are
@@ -42,7 +42,7 @@ class Request:
 
     @property
     def length(self) -> int:
-        return len(self.inputs["x"])
+        return len(next(iter(self.inputs.values())))
 
 
 @dataclass
@@ -75,12 +75,7 @@ class Server:
             arrival += plan.randrange(3)
             prompt, more = plan.randint(1, 9), plan.randint(3, 12)
             self.waiting.append(Request(name, self.tokens(prompt + more), prompt, arrival))
-        shape = (NHEADS, self.dim)
-        self.weights = {
-            "A": -torch.rand(NHEADS, generator=gen)[:, None, None].expand(*shape, self.dstate),
-            "D": torch.randn(NHEADS, generator=gen)[:, None].expand(shape),
-            "dt_bias": torch.zeros(NHEADS)[:, None].expand(shape),
-        }
+        self.weights = self.make_weights(gen)
         each = self.steps if self.keep == "slots" else 1
         self.free = torch.randperm(self.rows * each + 2, generator=gen).tolist()
         count = (len(self.free), NHEADS, self.dim, self.dstate)
@@ -92,6 +87,25 @@ class Server:
         self.weights = {n: self.moved(t) for n, t in self.weights.items()}
         self.running: list[Request] = []
         self.outputs: dict[tuple[int, int], torch.Tensor] = {}
+
+    def make_weights(self, gen: torch.Generator) -> dict[str, torch.Tensor]:
+        """What the op takes besides the inputs of tokens."""
+        shape = (NHEADS, self.dim)
+        return {
+            "A": -torch.rand(NHEADS, generator=gen)[:, None, None].expand(*shape, self.dstate),
+            "D": torch.randn(NHEADS, generator=gen)[:, None].expand(shape),
+            "dt_bias": torch.zeros(NHEADS)[:, None].expand(shape),
+        }
+
+    def gathered(self, work: Any) -> dict[str, torch.Tensor]:
+        """The inputs of all tokens of a step, one after the other."""
+        names = work[0][1]
+        inputs = {n: torch.cat([tokens[n] for _, tokens, _ in work]).to(self.device) for n in names}
+        return {n: t.expand(inputs["x"].shape) if n == "dt" else t for n, t in inputs.items()}
+
+    def update(self, **arguments: Any) -> torch.Tensor:
+        """The op, on the pool."""
+        return ssmgen.selective_state_update(self.pool, **arguments, **self.weights)
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device, with its strides of 0."""
@@ -137,17 +151,15 @@ class Server:
         work = [(request, *self.drafted(request)) for request in self.running]
         if not work:
             return
-        lengths = [len(tokens["x"]) for _, tokens, _ in work]
+        lengths = [len(next(iter(tokens.values()))) for _, tokens, _ in work]
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        inputs = {n: torch.cat([tokens[n] for _, tokens, _ in work]).to(self.device) for n in SIZES}
-        inputs["dt"] = inputs["dt"].expand(inputs["x"].shape)
         mixed = len({length > 1 for length in lengths}) > 1
         dropped = self.mutation == "accepted dropped" or (
             self.mutation == "accepted dropped in mixed batches" and mixed
         )
         update = self.slots if self.keep == "slots" else self.buffered
         y = update(work, dropped, cu_seqlens=ends.to(self.device), cache_steps=self.steps,
-                   pdl=self.pdl, **inputs, **self.weights)  # fmt: skip
+                   pdl=self.pdl, **self.gathered(work))  # fmt: skip
         for (request, _, true), begin in zip(work, ends.tolist()):
             for i in range(true):
                 self.outputs[request.name, request.done + i] = y[begin + i].cpu()
@@ -166,8 +178,8 @@ class Server:
         accepted = self.table([1 if dropped else request.accepted for request, _, _ in work])
         for request, _, true in work:
             request.accepted = true
-        return ssmgen.selective_state_update(
-            self.pool, **arguments, state_batch_indices=source, dst_state_batch_indices=source,
+        return self.update(
+            **arguments, state_batch_indices=source, dst_state_batch_indices=source,
             num_accepted_tokens=accepted,
         )  # fmt: skip
 
@@ -175,8 +187,8 @@ class Server:
         """A request has one slot, into which the state of the last accepted token is copied."""
         entries = list(range(len(work)))
         self.random.shuffle(entries)
-        y = ssmgen.selective_state_update(
-            self.pool, **arguments, disable_state_update=True,
+        y = self.update(
+            **arguments, disable_state_update=True,
             state_batch_indices=self.table([request.slots[0] for request, _, _ in work]),
             intermediate_states_buffer=self.buffer, intermediate_state_indices=self.table(entries),
         )  # fmt: skip

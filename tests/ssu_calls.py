@@ -398,7 +398,7 @@ def verify(before: Call, after: Call, want: Expected | None = None) -> Verdict:
     y, y_error = want.y[places], want.y_error[places]
     low, high = ((y + s * y_error).float().to(out.dtype) for s in (-1, 1))
     wrong = ~((low <= out) & (out <= high))
-    assert not wrong.any(), _report("out", wrong, out, low, high)
+    assert not wrong.any(), report("out", wrong, out, low, high)
 
     # Every state written: in which memory, where, and after which token.
     pools = ["state", "state_scale"], ["intermediate_states_buffer", "intermediate_state_scales"]
@@ -424,18 +424,18 @@ def verify(before: Call, after: Call, want: Expected | None = None) -> Verdict:
         else:
             low, high = (round_to((h + s * error).float(), codes.dtype, bits) for s in (-1, 1))
             wrong = ~((low <= codes) & (codes <= high))
-            assert not wrong.any(), _report("state", wrong, codes, low, high)
+            assert not wrong.any(), report("state", wrong, codes, low, high)
             share = float((low == high).double().mean())
     may_change: dict[str, list[Any]] = {"out": places}
     for names, at, _ in found:
         for name in names:
             may_change.setdefault(name, []).append(at)
     for name in before.tensors:
-        _assert_untouched(name, was, now, may_change.get(name, []), before, after)
+        assert_untouched(name, was, now, may_change.get(name, []), before, after)
     return Verdict(share)
 
 
-def _report(name: str, wrong: torch.Tensor, found: Any, low: Any, high: Any) -> str:
+def report(name: str, wrong: torch.Tensor, found: Any, low: Any, high: Any) -> str:
     at = tuple(wrong.nonzero()[0].tolist())
     return (
         f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {at}: found "
@@ -443,7 +443,7 @@ def _report(name: str, wrong: torch.Tensor, found: Any, low: Any, high: Any) -> 
     )
 
 
-def _assert_untouched(
+def assert_untouched(
     name: str, was: Any, now: Any, written: list[Any], before: Call, after: Call
 ) -> None:
     """No byte of the argument's memory has changed but where it was written."""
@@ -487,7 +487,7 @@ def _verify_scaled(
         low, high = low.clamp(-largest, largest), high.clamp(-largest, largest)
     value = codes.double()
     wrong = ~((low <= value) & (value <= high))
-    assert not wrong.any(), _report("state", wrong, value, low, high)
+    assert not wrong.any(), report("state", wrong, value, low, high)
     return float((low == high).double().mean())
 
 

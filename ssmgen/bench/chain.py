@@ -19,6 +19,7 @@ import triton.language as tl
 from .grid import config_of
 from .measure import cold, interleaved
 from .problems.ssu import SsuProblem
+from .report import line
 
 if TYPE_CHECKING:
     from .session import Session
@@ -108,14 +109,12 @@ def chain(session: Session, result: dict[str, Any]) -> None:
     batches = wanted.batches or ((1, 16) if wanted.quick else (1, 4, 8, 16, 64))
     result["cells"] = found = []
     sizes = list(itertools.product(heads, batches))
-    try:
-        for done, (nheads, batch) in enumerate(sizes):
-            session.note(done, len(sizes), f"{nheads} heads, batch {batch}")
-            cell: dict[str, Any] = {"heads": nheads, "batch": batch}
-            found.append(cell | _measured(Links(batch, nheads), session))
-            torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        result["interrupted"] = True
+    for done, (nheads, batch) in enumerate(sizes):
+        session.note(done, len(sizes), f"{nheads} heads, batch {batch}")
+        cell: dict[str, Any] = {"heads": nheads, "batch": batch}
+        found.append(cell | _measured(Links(batch, nheads), session))
+        session.tell(line(found[-1]))
+        torch.cuda.empty_cache()
 
 
 def _measured(links: Links, session: Session) -> dict[str, Any]:
@@ -124,7 +123,8 @@ def _measured(links: Links, session: Session) -> dict[str, Any]:
         "SSU alone": partial(links.ssu, pdl=False),
     }
     wrong = {}
-    for name, pdl in (("chain", False), ("chain with PDL", True)):
+    early = session.arch is not None and session.arch.pdl
+    for name, pdl in (("chain", False), *((("chain with PDL", True),) if early else ())):
         if fault := links.check(pdl):
             wrong[name] = fault
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..config import KernelConfig
 from ..errors import ConfigError
 from ..families.ssu.config import SsuConfig
 
-__all__ = ["AXES", "GRIDS", "Cell", "Wanted", "parse_state", "state_label"]
+__all__ = ["AXES", "GRIDS", "SECTIONS", "Cell", "Grid", "Wanted", "config_of", "parse_state"]
 
 SHAPES = ((128, 64), (16, 64), (128, 80))  # nheads, dim
 STATES = (
@@ -166,4 +166,51 @@ def scaling(wanted: Wanted) -> list[Cell]:
     return cells
 
 
-GRIDS = {"ssu": ssu, "tokens": tokens, "scaling": scaling}
+Part = tuple[str, Callable[[dict[str, Any]], bool]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A section that is made of cells: which, and how they are shown.
+
+    Tables are split by `group` and have the columns `columns` before the floor; `means` are the
+    parts of a table that have a mean each: what they are called, and which cells they are. A
+    picture has a row of panels for each value of `panels`, over `over`. `heeds`: the options that
+    choose cells.
+    """
+
+    cells: Callable[[Wanted], list[Cell]]
+    group: tuple[str, ...]
+    columns: tuple[str, ...]
+    panels: str
+    heeds: tuple[str, ...]
+    means: tuple[Part, ...] = ()
+    over: str = "batch"
+
+
+GRIDS = {
+    "ssu": Grid(
+        ssu,
+        ("heads", "dim"),
+        ("state", "batch"),
+        "state",
+        ("heads", "dims", "states", "batches"),
+        (
+            (", nearest", lambda cell: "SR" not in cell["state"]),
+            (", stochastic", lambda cell: "SR" in cell["state"]),
+        ),
+    ),
+    "tokens": Grid(
+        tokens,
+        ("heads", "writes"),
+        ("state", "tokens", "batch"),
+        "tokens",
+        ("heads", "states", "batches", "tokens"),
+        (
+            ("", lambda cell: True),
+            (", from batch 16 up", lambda cell: cell["batch"] >= 16),
+        ),
+    ),
+    "scaling": Grid(scaling, ("axis", "state"), ("value",), "state", ("states",), over="value"),
+}
+SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")

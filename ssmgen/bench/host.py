@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..families import spec
-from .contestants import COPY, OURS, Missing, adapter
+import torch
+
+from .contestants import COPY, OURS
 from .grid import config_of
 from .measure import host_time
 from .problem import make
-from .session import check
+from .session import admitted, noting
 
 if TYPE_CHECKING:
     from .session import Session
@@ -27,25 +28,17 @@ def host(session: Session, result: dict[str, Any]) -> None:
     names = [name for name in session.names if name != COPY]
     for done, name in enumerate(names):
         session.note(done, len(names), f"host cost of {name}")
-        try:
-            calls = adapter(name, problem.config.family)(problem)
-        except Missing as reason:
-            result["missing"][name] = str(reason)
-            continue
-        if fault := check(name, problem, calls):
-            result["wrong"][name] = fault
-            continue
-        _row(result, f"{name} op call", host_time(calls[0], samples=samples))
+        with noting(name, result):
+            cost = host_time(admitted(name, problem)[0], samples=samples)
+            _row(result, f"{name} op call", cost)
     if OURS in names:
-        tensors = {
-            n: t for n, t in problem.arguments(0).items() if hasattr(t, "data_ptr")
-        }  # fmt: skip
-        layout = spec(problem.config.family).layout(**problem.arguments(0))
-        kernel = get_kernel(layout.config)
-        _row(result, f"{OURS} bound launch", host_time(kernel.bind(**tensors), samples=samples))
-        found = host_time(lambda: get_kernel(layout.config), samples=samples)
-        _row(result, "get_kernel again", found)
+        arguments = problem.arguments(0)
+        tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+        bound = get_kernel(problem.config).bind(**tensors)
+        _row(result, f"{OURS} bound launch", host_time(bound, samples=samples))
+        again = host_time(lambda: get_kernel(problem.config), samples=samples)
+        _row(result, "get_kernel again", again)
 
 
-def _row(result: dict[str, Any], name: str, value: float, unit: str = "us") -> None:
-    result["rows"].append({"name": name, "value": value, "unit": unit})
+def _row(result: dict[str, Any], name: str, microseconds: float) -> None:
+    result["rows"].append({"name": name, "value": microseconds, "unit": "us"})

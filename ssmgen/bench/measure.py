@@ -43,14 +43,6 @@ class Times:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
-    @property
-    def spread(self) -> float:
-        """How far apart the middle half of the rounds lies, relative to the median."""
-        if len(self.rounds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
-        return (high - low) / self.median
-
 
 def cold(launch: Launch, sets: int) -> list[Callable[[], Any]]:
     """A launch for each slot set, in turn."""

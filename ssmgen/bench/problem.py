@@ -7,16 +7,18 @@ find none of their states in the L2, if the pool is larger than it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..arch import Arch
 from ..config import KernelConfig
+from ..errors import UnsupportedError
 from ..families import spec
 from ..plan import Plan, dispatch
 
 if TYPE_CHECKING:
-    from ..arch import Arch
     from ..launcher import Function
 
 __all__ = ["POOL_BYTES", "Launch", "Problem", "make", "plan_of", "planned"]
@@ -81,8 +83,14 @@ def make(
     pool_bytes: int = POOL_BYTES,
     **shape: int,
 ) -> Problem:
-    """The problem of a config; `shape` is what the family's config leaves open (ssu: ngroups)."""
-    module = importlib.import_module(f"{__package__}.problems.{config.family}")
+    """The problem of a config; `shape` is what the family's config leaves open (ssu: ngroups).
+
+    Raises `UnsupportedError` for a family that has no problems.
+    """
+    name = f"{__package__}.problems.{config.family}"
+    if importlib.util.find_spec(name) is None:
+        raise UnsupportedError(f"bench: the family {config.family} has no problems to measure")
+    module = importlib.import_module(name)
     return module.PROBLEM(config, batch, nheads, device=device, pool_bytes=pool_bytes, **shape)
 
 
@@ -102,7 +110,8 @@ def planned(problem: Problem, function: Function, plan: Plan) -> Launch:
     family = spec(problem.config.family)
     layout = family.layout(**problem.arguments(0))
     grid = family.grid(layout.config, plan, layout.batch, layout.nheads)
-    launch = KernelLaunch(function, grid, layout.scalars, layout.config.pdl)
+    early = layout.config.pdl and Arch.detect(function.device).pdl
+    launch = KernelLaunch(function, grid, layout.scalars, early)
     addresses = []
     for which in range(problem.sets):
         arguments = problem.arguments(which)

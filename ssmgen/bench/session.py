@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,22 +15,21 @@ import torch
 
 from .._version import __version__
 from ..arch import Arch
-from ..errors import DeviceError
+from ..errors import DeviceError, SsmgenError
 from ..template import key as key_of
 from . import contestants, measure
 from .contestants import COPY, NAMES, OURS, Calls, Missing, adapter, forgiven
 from .grid import GRIDS, Cell, Wanted
 from .problem import POOL_BYTES, Problem, make, plan_of
+from .report import SCHEMA, line
 
-__all__ = ["SCHEMA", "SECTIONS", "Session", "check", "contest", "environment", "run"]
-
-SCHEMA = 1
-SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")
+__all__ = ["Session", "admitted", "contest", "environment", "noting", "run"]
 
 
 @dataclass
 class Session:
-    """What the sections of one run share. `note` hears (done, total, what is next)."""
+    """What the sections of one run share. `note` hears (done, total, what is next), `tell` what
+    a cell came to, on one line."""
 
     wanted: Wanted = field(default_factory=Wanted)
     names: Sequence[str] = NAMES
@@ -40,12 +40,14 @@ class Session:
     bandwidth: float | None = None
     record: measure.Record = measure.graph
     note: Callable[[int, int, str], None] = lambda done, total, text: None
+    tell: Callable[[str], None] = lambda text: None
 
 
 def run(section: str, session: Session) -> dict[str, Any]:
-    """Measure one of `SECTIONS`: the content of its result file.
+    """Measure one section of `SECTIONS`: the content of its result file.
 
-    After Ctrl-C it holds what was measured until then, and ``interrupted``.
+    After Ctrl-C, or an error such as a lost GPU, it holds what was measured until then, and
+    ``interrupted``, or ``failed`` with the reason.
     """
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -53,35 +55,40 @@ def run(section: str, session: Session) -> dict[str, Any]:
         "environment": environment(),
         "bandwidth": session.bandwidth,
     }
-    if section in GRIDS:
-        _run_grid(section, session, result)
-    elif section == "chain":
-        from .chain import chain
+    try:
+        if section in GRIDS:
+            _run_grid(section, session, result)
+        elif section == "chain":
+            from .chain import chain
 
-        chain(session, result)
-    elif section == "host":
-        from .host import host
+            chain(session, result)
+        elif section == "host":
+            from .host import host
 
-        host(session, result)
-    else:
-        from .jit import jit
+            host(session, result)
+        else:
+            from .jit import jit
 
-        jit(session, result)
+            jit(session, result)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    except SsmgenError as error:
+        result["failed"] = str(error)
     return result
 
 
 def _run_grid(section: str, session: Session, result: dict[str, Any]) -> None:
-    cells = GRIDS[section](session.wanted)
-    result["cells"] = found = []
-    try:
-        compile_all(cells, session)
-        for done, cell in enumerate(cells):
-            session.note(done, len(cells), cell.name)
-            found.append(_measured(cell, session))
-    except KeyboardInterrupt:
-        result["interrupted"] = True
-    pairs = [(c["us"][OURS], c["again"]) for c in found if "again" in c]
-    result["noise"] = measure.noise(pairs)
+    cells = GRIDS[section].cells(session.wanted)
+    result |= {"cells": [], "noise": None}
+    compile_all(cells, session)
+    pairs = []
+    for done, cell in enumerate(cells):
+        session.note(done, len(cells), cell.name)
+        result["cells"].append(found := _measured(cell, session))
+        if "again" in found:
+            pairs.append((found["us"][OURS], found["again"]))
+            result["noise"] = measure.noise(pairs)
+        session.tell(line(found))
 
 
 def compile_all(cells: Sequence[Cell], session: Session) -> None:
@@ -132,43 +139,53 @@ def contest(
     """Check every contestant of a problem against fp64, then time those that are right.
 
     Returns:
-        us: microseconds a launch by contestant, the median of ``rounds``; again: a second
-        measurement of ssmgen's; wrong: what is wrong, by contestant, and no time; missing: why
-        one is not there, by contestant.
+        By contestant, us: microseconds a launch, the median of ``rounds``; wrong: what is wrong
+        with one that has no time; missing: why one is not there. And again: a second measurement
+        of ssmgen's.
     """
-    wrong: dict[str, str] = {}
-    missing: dict[str, str] = {}
+    found: dict[str, Any] = {"us": {}, "rounds": {}, "wrong": {}, "missing": {}}
     recorded: dict[str, measure.Recorded] = {}
     for name in names:
-        try:
-            calls = adapter(name, problem.config.family)(problem)
-            if fault := check(name, problem, calls):
-                wrong[name] = fault
-                continue
-            recorded[name] = record(calls)
-        except Missing as reason:
-            missing[name] = str(reason)
-        except torch.OutOfMemoryError:
-            missing[name] = "out of memory"
-        except Exception as error:
-            _still_there(name, error)
-            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        with noting(name, found):
+            recorded[name] = record(admitted(name, problem))
     if OURS in recorded:
         recorded["again"] = record(adapter(OURS, problem.config.family)(problem))
     times = measure.in_turn(recorded, rounds=rounds)
-    again = times.pop("again", None)
-    found: dict[str, Any] = {"us": {name: each.median for name, each in times.items()}}
-    if again is not None:
-        found["again"] = again.median
-    found["rounds"] = {name: list(each.rounds) for name, each in times.items()}
-    return found | {"wrong": wrong, "missing": missing}
+    if "again" in times:
+        found["again"] = times.pop("again").median
+    for name, each in times.items():
+        found["us"][name], found["rounds"][name] = each.median, list(each.rounds)
+    return found
 
 
-def check(name: str, problem: Problem, calls: Calls) -> str:
-    """What is wrong with a contestant's calls, or ""; a copy has nothing to be wrong."""
-    if name == COPY:
-        return ""
-    return problem.verify(lambda which: calls[which](), forgiven=forgiven(name, problem))
+class Wrong(Exception):
+    """A contestant whose result was not right."""
+
+
+def admitted(name: str, problem: Problem) -> Calls:
+    """The calls of a contestant, if it is here and right; else `Missing` or `Wrong`."""
+    calls = adapter(name, problem.config.family)(problem)
+    if name != COPY:  # which has nothing to be wrong
+        allowance = forgiven(name, problem)
+        if fault := problem.verify(lambda which: calls[which](), forgiven=allowance):
+            raise Wrong(fault)
+    return calls
+
+
+@contextlib.contextmanager
+def noting(name: str, found: dict[str, Any]) -> Iterator[None]:
+    """What keeps a contestant out goes into ``wrong`` or ``missing`` of `found`."""
+    try:
+        yield
+    except Missing as reason:
+        found["missing"][name] = str(reason)
+    except torch.OutOfMemoryError:
+        found["missing"][name] = "out of memory"
+    except Wrong as fault:
+        found["wrong"][name] = str(fault)
+    except Exception as error:
+        _still_there(name, error)
+        found["wrong"][name] = f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _still_there(name: str, error: Exception) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..errors import SsmgenError
-from . import cache, demo, doctor, prewarm, render, tune
+from . import bench, cache, demo, doctor, prewarm, render, tune
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app.command()(prewarm.prewarm)
 app.command()(tune.tune)
 app.add_typer(cache.app, name="cache")
 app.command()(doctor.doctor)
+app.command()(bench.bench)
 
 
 def _version(wanted: bool) -> None:
@@ -48,9 +49,9 @@ def _root(
     with or without a GPU, cached on disk.
 
     Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config,
-    **ssmgen prewarm** fills the store before the first request, **ssmgen tune** finds the fastest
-    plans on this GPU, **ssmgen cache** shows what is in
-    it, **ssmgen doctor** says what is wrong with this host.
+    **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in
+    it, **ssmgen doctor** says what is wrong with this host, **ssmgen bench** how fast it is, and
+    **ssmgen tune** finds faster plans on it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

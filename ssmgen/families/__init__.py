@@ -1,4 +1,4 @@
-"""The families of kernels. A family is one module here, found by its name."""
+"""The families of kernels. A family is one package here, found by its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Family", "names", "spec"]
 @functools.cache
 def names() -> tuple[str, ...]:
     """Names of all families."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The index tables of a call of selective_state_update: what they say, and whether they may.
+"""The index tables of a call: what they say, and whether they may.
 
 A kernel does not see most of these errors, or shows them only as NaN (docs/semantics.md); this is
 what the reference, and `SSMGEN_CHECK`, read before anything is written.
@@ -77,8 +77,12 @@ def read_tables(
     cache_steps: int = 0,
     num_accepted_tokens: Tensor | None = None,
     parent_tokens: Tensor | None = None,
+    entries_are_rows: bool = False,
 ) -> Rows:
     """What the tables say of each row; arguments as in `selective_state_update`.
+
+    `x` is any input with a row for each token. `entries_are_rows`: without
+    `intermediate_state_indices`, row i has entry i of the buffer, not the one of its source slot.
 
     Raises `ArgumentValueError` for the first value that is outside of what it may be.
     """
@@ -104,6 +108,9 @@ def read_tables(
     if dst_state_batch_indices is not None:
         target = dst_state_batch_indices.to(torch.int64)
         target = target[:, None] if target.dim() == 1 else target[:, :ntokens]
+    entry = torch.arange(batch, device=device) if entries_are_rows else source
+    if intermediate_state_indices is not None:
+        entry = intermediate_state_indices.to(torch.int64)
     rows = Rows(
         begin=begin,
         length=length,
@@ -111,9 +118,7 @@ def read_tables(
         live=live,
         parents=None if parent_tokens is None else parent_tokens.to(torch.int64),
         _target=target,
-        _entry=source
-        if intermediate_state_indices is None
-        else intermediate_state_indices.to(torch.int64),
+        _entry=entry,
         _pad=None if dst_state_batch_indices is None else pad_slot_id,
         _entry_pad=None if intermediate_state_indices is None else pad_slot_id,
     )

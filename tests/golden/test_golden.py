@@ -25,6 +25,7 @@ SIMPLE = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2)
 VERTICAL = Plan(algorithm="vertical", block_m=16, block_n=128, num_warps=2, num_stages=3)
 HORIZONTAL = Plan(algorithm="horizontal", block_m=64, block_n=32, num_warps=4, num_stages=2)
 MATRIX = Plan(algorithm="matrix", block_m=32, block_n=128, num_warps=2)
+GDN = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1)
 PLANS = {plan.algorithm: plan for plan in (SIMPLE, VERTICAL, HORIZONTAL)}
 
 GOLDEN = {
@@ -95,6 +96,25 @@ GOLDEN = {
     "ssu_matrix_fp32_sm_90": (
         dataclasses.replace(MATRIX, block_m=64, num_warps=4, maxnreg=168), "sm_90",
         {"ntokens": 11, "index_dtype": None},
+    ),
+    "gdn_simple_fp32_sm_90": (GDN, "sm_90", {"family": "gdn", "pdl": True}),
+    "gdn_simple_interleaved_tokens_bf16_sm_90": (
+        GDN,
+        "sm_90",
+        {
+            "family": "gdn", "state_dtype": "bf16", "ntokens": 4, "grouped": True,
+            "accepted_dtype": "int32", "has_dst": True, "dst_tokens": True, "head_v_dim": 64,
+            "has_intermediate": True,
+        },
+    ),
+    "gdn_simple_kda_sequences_fp16_stochastic_kv_sm_80": (
+        GDN,
+        "sm_80",
+        {
+            "family": "gdn", "state_dtype": "fp16", "rounding": "stochastic", "kda": True,
+            "gate": "bounded", "state_layout": "KV", "head_k_dim": 96, "ntokens": 4,
+            "seqlens_dtype": "int32", "aligned": False, "philox_rounds": 7,
+        },
     ),
 }  # fmt: skip
 
@@ -180,9 +200,44 @@ def every_source():
         yield config, fitted, arch, render(config, fitted, Arch.of(arch))
 
 
+GDN_FEATURES = [
+    {},
+    {"pdl": True, "has_dt_bias": False, "use_qk_l2norm": False, "dtype": "fp32"},
+    {"index_dtype": None, "update_state": False, "dtype": "fp16", "aligned": False},
+    {"has_dst": True, "index_dtype": "int32", "head_k_dim": 96, "head_v_dim": 8},
+    {"gate": "given", "a_dtype": "fp32", "grouped": True},
+    {"gate": "given", "kda": True, "head_k_dim": 8, "head_v_dim": 24},
+    {"kda": True, "head_k_dim": 40, "ntokens": 9, "seqlens_dtype": "int32", "accepted_dtype":
+     "int64", "has_intermediate": True},
+    {"gate": "bounded", "kda": True, "grouped": True, "a_log_dtype": "bf16"},
+    {"accepted_dtype": "int64", "has_intermediate": True, "entry_dtype": "int32"},
+    {"ntokens": 3, "kda": True, "head_k_dim": 256, "head_v_dim": 64, "pdl": True},
+    {"ntokens": 2, "index_dtype": None, "has_intermediate": True, "update_state": False},
+    {"ntokens": 6, "seqlens_dtype": "int64", "accepted_dtype": "int32", "has_dst": True,
+     "dst_tokens": True, "has_intermediate": True, "entry_dtype": "int64", "grouped": True},
+    {"ntokens": 1, "seqlens_dtype": "int32", "index_dtype": None},
+]  # fmt: skip
+
+
+def every_gdn_source():
+    """The same of the gated delta rule."""
+    for state, rounding, fields, order, arch in itertools.product(
+        STATES[:3], ("nearest", "stochastic"), GDN_FEATURES, ("VK", "KV"),
+        ("sm_80", "sm_90", "sm_100"),
+    ):  # fmt: skip
+        stores = fields.get("update_state", True) or fields.get("has_intermediate")
+        if rounding == "stochastic" and (state == "fp32" or not stores):
+            continue
+        config = KernelConfig(
+            family="gdn", state_dtype=state, rounding=rounding, state_layout=order, **fields
+        )
+        fitted = spec("gdn").fit(config, GDN, Arch.of(arch))
+        yield config, fitted, arch, render(config, fitted, Arch.of(arch))
+
+
 @pytest.fixture(scope="module")
 def sources():
-    return list(every_source())
+    return [*every_source(), *every_gdn_source()]
 
 
 def _ruff(*arguments):
@@ -216,36 +271,61 @@ def test_every_source_has_only_the_arguments_of_its_config(sources):
     for config, plan, _, source in sources:
         signature, body = source.split(f"def {entry_name(config, plan)}(\n")[1].split("\n):\n", 1)
         names = [line.strip().rstrip(",") for line in signature.splitlines()]
-        assert names == [a.name for a in spec("ssu").arguments(config)]
+        assert names == [a.name for a in spec(config.family).arguments(config)]
         for name in names:
             assert re.search(rf"\b{name}\b", body), f"{name} is not used"
 
 
-def test_what_a_config_does_not_have_is_not_in_its_source(sources):
-    words = {
+# A word of the source, and which configs have it.
+WORDS = {
+    "slots": lambda c: c.index_dtype is not None,
+    "pad_slot_id": lambda c: c.index_dtype is not None or c.entry_dtype is not None,
+    "buffer": lambda c: c.has_intermediate,
+    "entries": lambda c: c.entry_dtype is not None,
+    "seqlens": lambda c: c.seqlens_dtype is not None,
+    "accepted": lambda c: c.accepted_dtype is not None,
+    "dst": lambda c: c.has_dst,
+    "seed": lambda c: c.rounding == "stochastic",
+    "random_words": lambda c: c.rounding == "stochastic",
+}
+FAMILY_WORDS = {
+    "ssu": {
         "silu": lambda c: c.has_z,
         "softplus": lambda c: c.dt_softplus,
         "dt_bias": lambda c: c.has_dt_bias,
         "D_": lambda c: c.has_d,
-        "slots": lambda c: c.index_dtype is not None,
-        "pad_slot_id": lambda c: c.index_dtype is not None or c.entry_dtype is not None,
         "x_token_stride": lambda c: c.many,
-        "buffer": lambda c: c.has_intermediate,
-        "entries": lambda c: c.entry_dtype is not None,
-        "seqlens": lambda c: c.seqlens_dtype is not None,
-        "accepted": lambda c: c.accepted_dtype is not None,
         "parents": lambda c: c.parents_dtype is not None,
         "broken": lambda c: bool(c.seqlens_dtype or c.accepted_dtype or c.parents_dtype),
-        "dst": lambda c: c.has_dst,
-        "seed": lambda c: c.rounding == "stochastic",
-        "random_words": lambda c: c.rounding == "stochastic",
         "state_scale": lambda c: c.state_scale_t is not None,
         "A_dim_stride": lambda c: not c.tie_hdim,
         "row_scale": lambda c: c.state_scale_t is not None and c.stores,
-    }
+    },
+    "gdn": {
+        "softplus": lambda c: c.gate == "softplus",
+        "sigmoid": lambda c: c.gate != "given",
+        "lower_bound": lambda c: c.gate == "bounded",
+        "A_log": lambda c: c.gate != "given",
+        "beta_head": lambda c: c.gate == "given",
+        "dt_bias": lambda c: c.has_dt_bias,
+        "rsqrt": lambda c: c.use_qk_l2norm,
+        "[ag]_channel_stride": lambda c: c.kda,
+        "v_group_step": lambda c: c.grouped,
+        "q_token_stride": lambda c: c.many,
+        "for token": lambda c: c.many,
+        "q_row_stride": lambda c: not c.seqlens_dtype,
+        "broken": lambda c: bool(c.seqlens_dtype or c.accepted_dtype),
+        "live": lambda c: bool(c.index_dtype or c.seqlens_dtype),
+        "V: tl.constexpr": lambda c: c.state_layout == "KV",
+        "round_stochastic": lambda c: c.rounding == "stochastic",
+    },
+}
+
+
+def test_what_a_config_does_not_have_is_not_in_its_source(sources):
     for config, _, _, source in sources:
         code = source.split('"""')[2]
-        for word, wanted in words.items():
+        for word, wanted in {**WORDS, **FAMILY_WORDS[config.family]}.items():
             found = re.search(rf"\b{word}", code) is not None
             assert found == wanted(config), f"{word} in\n{source}"
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_configs import configs
 
+from ssmgen.bench.grid import config_of
 from ssmgen.bench.problem import POOL_BYTES, make
 from ssmgen.bench.problems.ssu import SsuProblem, groups, moved
+from ssmgen.errors import UnsupportedError
 from ssmgen.families import spec
 from ssmgen.families.ssu.config import ITEMSIZE, SsuConfig
 
@@ -76,17 +78,14 @@ def test_bytes_are_those_of_the_tensors_with_states_both_ways(config, batch):
 
 def test_the_floors_of_published_results_are_these_bytes():
     data = json.loads((RESULTS / "ssu-h200.json").read_text())
-    shapes = {"128 heads": (128, 64), "16 heads": (16, 64), "dim 80": (128, 80)}
     seen = set()
     for cell in data["cells"]:
-        nheads, dim = shapes[cell["grid"]]
-        state, _, rounds = cell["state"].partition(" + SR ")
-        rounding = "stochastic" if rounds else "nearest"
-        config = SsuConfig(state_dtype=state, rounding=rounding, dim=dim)
-        slot = nheads * dim * 128 * ITEMSIZE[state]
+        nheads, dim = cell["heads"], cell["dim"]
+        config = config_of(cell["state"], dim=dim)
+        slot = nheads * dim * 128 * ITEMSIZE[config.state_dtype]
         sets = min(2048, max(2, -(-POOL_BYTES // (cell["batch"] * slot))))
         # Then the indices of all sets were counted, and the seed was not.
-        then = 8 * (sets - 1) * cell["batch"] - 8 * bool(rounds)
+        then = 8 * (sets - 1) * cell["batch"] - 8 * (config.rounding == "stochastic")
         floor = (moved(config, cell["batch"], nheads) + then) / data["bandwidth"] * 1e6
         assert floor == pytest.approx(cell["floor_us"], rel=1e-9), cell
         seen.add(cell["state"])
@@ -118,6 +117,14 @@ def test_arguments_allocate_nothing_on_the_way_to_a_launch():
     for name, tensor in twice[0].items():
         if isinstance(tensor, torch.Tensor):
             assert tensor.data_ptr() == twice[1][name].data_ptr(), name
+
+
+def test_a_family_without_problems_is_an_error_that_names_it():
+    class Config:
+        family = "none"
+
+    with pytest.raises(UnsupportedError, match="the family none has no problems"):
+        make(Config(), 1, 1)
 
 
 @pytest.mark.parametrize(("nheads", "count"), [(128, 8), (16, 1), (8, 1), (48, 3), (80, 5)])
@@ -186,16 +193,35 @@ def test_verify_sees_what_is_wrong(case, spoil, said):
 
 
 def test_verify_looks_at_the_rows_it_is_told_and_the_far_end_of_memory():
-    problem = small(SsuConfig(dim=8, dstate=16), batch=9)
-    far = int(problem.sources[0].argmax())
+    problem = make(SsuConfig(dim=8, dstate=16), 9, 2, device="cpu", pool_bytes=40_000)
+    which, far = next(
+        (i, int(slots.argmax()))
+        for i, slots in enumerate(problem.sources)
+        if slots.argmax() not in (0, 8)
+    )
 
-    def launch(row: int) -> Any:
+    def wrong(row: int) -> Any:
         def run(which: int) -> None:
             problem.launch(which)
             problem.out[row] += 1
 
         return run
 
-    assert problem.verify(launch(far), rows=2)
-    assert problem.verify(launch(0), rows=2)
-    assert problem.verify(launch(8), rows=2)
+    seen = {row for row in range(9) if problem.verify(wrong(row), which, rows=2)}
+    assert seen == {0, far, 8}
+
+
+def test_verify_sees_a_launch_that_does_nothing_after_a_right_one():
+    problem = small(SsuConfig(dim=8, dstate=16))
+    assert problem.verify(problem.launch) == ""
+    assert problem.verify(lambda which: None) == "output not written everywhere"
+
+
+def test_verify_sees_a_state_that_is_nan():
+    problem = small(SsuConfig(dim=8, dstate=16))
+
+    def launch(which: int) -> None:
+        problem.launch(which)
+        problem.pool[problem.sources[which][0], 1, 2, 3] = torch.nan
+
+    assert problem.verify(launch) == "state off by inf of what is allowed"

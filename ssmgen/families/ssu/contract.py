@@ -4,13 +4,31 @@ handle and the reference.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ...config import dtype_name
-from ...errors import ArgumentTypeError, ArgumentValueError, DeviceError
+from ...errors import ArgumentTypeError
 from ..base import Layout
+from ..contract import (
+    MAX_BATCH,
+    allow_dtypes,
+    check_columns,
+    check_devices,
+    check_given,
+    check_heads,
+    check_pad,
+    check_plain,
+    check_seed,
+    check_switches,
+    dtype_of,
+    fail,
+    sequences,
+    tokens_of,
+)
 from .config import FLOATS, SCALED, SsuConfig
-from .strides import addresses_aligned, check_strides, fail, strides_aligned, tied
+from .strides import addresses_aligned, check_strides, strides_aligned, tied
 
 __all__ = ["ABI_TENSORS", "STEP_TENSORS", "check", "check_dtypes", "layout", "normalise"]
 
@@ -41,8 +59,6 @@ TOKEN_TENSORS = (
     "parent_tokens",
 )
 ABI_TENSORS = STEP_TENSORS + TOKEN_TENSORS
-
-MAX_BATCH = 65535
 
 
 def normalise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,23 +136,18 @@ def check(
 ) -> SsuConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
     state, x, dt, A, B = (tensors[n] for n in ("state", "x", "dt", "A", "B"))
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided:
-            raise ArgumentTypeError(f"{name}: found layout {tensor.layout}; allowed: strided")
-        if tensor.is_neg() or tensor.is_conj():
-            fail(name, "a lazily negated view", "a tensor whose memory holds its values; use "
-                 ".resolve_neg()")  # fmt: skip
+    check_plain(tensors)
     slots, nheads, dim, dstate = state.shape
     if nheads == 0:
         fail("state", "0 heads", "at least one")
     for name, size in (("dim", dim), ("dstate", dstate)):
         if size % 8 or not 8 <= size <= 512:
             fail("state", f"{name} {size}", "8 to 512 in multiples of 8")
-    lead, ntokens = _rows(tensors, cache_steps)
-    batch = lead[0]
+    lead = tokens_of("x", tensors, cache_steps, "nheads, dim")
+    batch, ntokens = lead[0], lead[1] if len(lead) == 2 else 1
     seqlens = tensors.get("cu_seqlens")
     if seqlens is not None:
-        batch = _sequences(seqlens)
+        batch, ntokens = sequences(seqlens), cache_steps
     if B.dim() != len(lead) + 2:
         fail("B", f"shape {tuple(B.shape)}", f"({_AXES[len(lead)]}, ngroups, dstate)")
     ngroups = B.shape[-2]
@@ -163,21 +174,15 @@ def check(
     buffer = tensors.get("intermediate_states_buffer")
     if buffer is not None:
         shapes |= _buffer_shapes(tensors, batch, ntokens)
-    _check_tables(tensors, shapes, batch, ntokens)
+    check_columns(tensors, shapes, batch, ntokens)
     for name, shape in shapes.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             fail(name, f"shape {tuple(tensors[name].shape)}", str(shape))
     seed = tensors.get("rand_seed")
-    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
-        kind = ArgumentTypeError if seed.dtype != torch.int64 else ArgumentValueError
-        raise kind(
-            f"rand_seed: found {seed.dtype} of shape {tuple(seed.shape)}; allowed: one int64"
-        )
+    check_seed(seed)
     if batch > MAX_BATCH:
         fail("x" if seqlens is None else "cu_seqlens", f"batch {batch}", f"at most {MAX_BATCH}")
-    if 2 * nheads * (nheads // ngroups) >= 2**31:
-        # Where the kernel's reciprocal finds the group of a head exactly.
-        fail("state", f"{nheads} heads in {ngroups} groups", "2 heads^2 / groups below 2^31")
+    check_heads("state", nheads, ngroups)
     if nheads * dim * dstate >= 2**31:
         fail("state", f"{nheads * dim * dstate} elements a slot", "less than 2^31")
     indices = tensors.get("state_batch_indices")
@@ -189,12 +194,7 @@ def check(
             fail("state", f"{slots} slots", f"at least {batch}, one a row, without indices")
     check_dtypes(tensors)
     check_strides(tensors, dim, dstate)
-    for name, tensor in tensors.items():
-        if tensor.device != state.device:
-            raise DeviceError(f"{name}: on {tensor.device}; allowed: {state.device}, as state")
-
-    def dtype_of(name: str) -> str | None:
-        return dtype_name(tensors[name].dtype) if name in tensors else None
+    check_devices(tensors, "state")
 
     has_dst = "dst_state_batch_indices" in tensors and not disable_state_update
     stochastic = seed is not None and not (disable_state_update and buffer is None)
@@ -211,7 +211,7 @@ def check(
         dstate=dstate,
         ntokens=ntokens,
         algorithm=algorithm,
-        index_dtype=dtype_of("state_batch_indices"),
+        index_dtype=dtype_of(tensors, "state_batch_indices"),
         has_z="z" in tensors,
         has_d="D" in tensors,
         has_dt_bias="dt_bias" in tensors,
@@ -222,45 +222,16 @@ def check(
         aligned=strides_aligned(tensors) and addresses_aligned(tensors),
         pdl=pdl,
         precision=precision,
-        seqlens_dtype=dtype_of("cu_seqlens"),
-        accepted_dtype=dtype_of("num_accepted_tokens"),
-        parents_dtype=dtype_of("parent_tokens"),
+        seqlens_dtype=dtype_of(tensors, "cu_seqlens"),
+        accepted_dtype=dtype_of(tensors, "num_accepted_tokens"),
+        parents_dtype=dtype_of(tensors, "parent_tokens"),
         dst_tokens=has_dst and ntokens > 1 and tensors["dst_state_batch_indices"].dim() == 2,
         has_intermediate=buffer is not None,
-        entry_dtype=dtype_of("intermediate_state_indices"),
+        entry_dtype=dtype_of(tensors, "intermediate_state_indices"),
     )
 
 
 _AXES = {1: "batch", 2: "batch, tokens"}
-
-
-def _rows(tensors: dict[str, torch.Tensor], cache_steps: int) -> tuple[tuple[int, ...], int]:
-    """The leading axes of x, and the tokens of a row or, with `cu_seqlens`, the most of them."""
-    x = tensors["x"]
-    if isinstance(cache_steps, bool) or not isinstance(cache_steps, int):
-        raise ArgumentTypeError(f"cache_steps: found {cache_steps!r}; allowed: an int")
-    if "cu_seqlens" in tensors:
-        if x.dim() != 3:
-            fail("x", f"shape {tuple(x.shape)}", "(tokens, nheads, dim) with cu_seqlens")
-        if cache_steps < 1:
-            fail("cache_steps", cache_steps, "at least 1, the most tokens of a sequence, with "
-                 "cu_seqlens")  # fmt: skip
-        return (x.shape[0],), cache_steps
-    if x.dim() not in (3, 4):
-        fail("x", f"shape {tuple(x.shape)}", "(batch, nheads, dim) or (batch, tokens, nheads, dim)")
-    lead = tuple(x.shape[:-2])
-    ntokens = lead[1] if len(lead) == 2 else 1
-    if ntokens < 1:
-        fail("x", "0 tokens", "at least one")
-    if cache_steps and cache_steps < ntokens:
-        fail("cache_steps", cache_steps, f"0, or at least the {ntokens} tokens of x")
-    return lead, ntokens
-
-
-def _sequences(seqlens: torch.Tensor) -> int:
-    if seqlens.dim() != 1 or not seqlens.shape[0]:
-        fail("cu_seqlens", f"shape {tuple(seqlens.shape)}", "(sequences + 1,)")
-    return seqlens.shape[0] - 1
 
 
 def _buffer_shapes(
@@ -282,43 +253,8 @@ def _buffer_shapes(
     }
 
 
-def _check_tables(
-    tensors: dict[str, torch.Tensor],
-    shapes: dict[str, tuple[int, ...]],
-    batch: int,
-    ntokens: int,
-) -> None:
-    """2-D index tables: one more column is no harm, one too few is."""
-    source = tensors.get("state_batch_indices")
-    if "num_accepted_tokens" in tensors and source is not None:
-        if source.dim() != 2 or not source.shape[1]:
-            fail("state_batch_indices", f"shape {tuple(source.shape)}", f"({batch}, columns), the "
-                 "slot after each token, with num_accepted_tokens")  # fmt: skip
-        shapes["state_batch_indices"] = (batch, source.shape[1])
-    target = tensors.get("dst_state_batch_indices")
-    if target is not None and target.dim() == 2:
-        if target.shape[1] < ntokens:
-            fail("dst_state_batch_indices", f"shape {tuple(target.shape)}", f"({batch},), "
-                 f"({batch}, 1) or ({batch}, at least {ntokens})")  # fmt: skip
-        shapes["dst_state_batch_indices"] = (batch, target.shape[1])
-    if "intermediate_states_buffer" not in tensors:
-        for name in ("intermediate_state_indices", "intermediate_state_scales"):
-            if name in tensors:
-                fail(name, "a tensor", "None without intermediate_states_buffer")
-
-
 def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
-    def allow(name: str, allowed: tuple[str, ...], why: str = "") -> None:
-        if name in tensors:
-            found = str(tensors[name].dtype).removeprefix("torch.")
-            try:
-                known = dtype_name(found) in allowed
-            except ValueError:
-                known = False
-            if not known:
-                names = ", ".join(allowed)
-                raise ArgumentTypeError(f"{name}: found dtype {found}; allowed: {names}{why}")
-
+    allow = partial(allow_dtypes, tensors)
     allow("x", FLOATS)
     io = dtype_name(tensors["x"].dtype)
     for name in ("B", "C", "z", "out"):
@@ -373,24 +309,9 @@ def layout(
     **arguments: torch.Tensor | None,
 ) -> Layout:
     """Check the arguments of one call and describe them for a launch. ``out`` is required."""
-    for name in arguments:
-        if name not in ABI_TENSORS:
-            raise ArgumentTypeError(f"{name}: not an argument; allowed: {', '.join(ABI_TENSORS)}")
-    given = {n: t for n, t in arguments.items() if t is not None}
-    for name in ("state", "x", "dt", "A", "B", "C", "out"):
-        if name not in given:
-            raise ArgumentTypeError(f"{name}: missing")
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
-    for name, switch in (("dt_softplus", dt_softplus), ("pdl", pdl),
-                         ("disable_state_update", disable_state_update)):  # fmt: skip
-        if not isinstance(switch, bool):
-            raise ArgumentTypeError(f"{name}: found {switch!r}; allowed: True, False")
-    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int):
-        raise ArgumentTypeError(f"pad_slot_id: found {pad_slot_id!r}; allowed: an int")
-    if not -(2**63) <= pad_slot_id < 2**63:
-        fail("pad_slot_id", pad_slot_id, "an int64")
+    given = check_given(arguments, ABI_TENSORS, ("state", "x", "dt", "A", "B", "C", "out"))
+    check_switches(dt_softplus=dt_softplus, pdl=pdl, disable_state_update=disable_state_update)
+    check_pad(pad_slot_id)
     views = normalise(given)
     config = check(
         views,

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ...errors import ArgumentValueError
+from ..contract import check_memory, fail
 
-__all__ = ["addresses_aligned", "check_strides", "fail", "strides_aligned", "tied"]
-
-
-def fail(name: str, found: Any, allowed: str) -> None:
-    """Raise the `ArgumentValueError` all arguments share."""
-    raise ArgumentValueError(f"{name}: found {found}; allowed: {allowed}")
+__all__ = ["addresses_aligned", "check_strides", "strides_aligned", "tied"]
 
 
 POOLS = ("state", "state_scale", "intermediate_states_buffer", "intermediate_state_scales")
@@ -40,25 +33,7 @@ def check_strides(tensors: dict[str, torch.Tensor], dim: int, dstate: int) -> No
            "tokens are free")  # fmt: skip
     for name in ("x", "z", "out", "B", "C", "cu_seqlens", "parent_tokens"):
         packed(name, (1,), "a last stride of 1; the others are free")
-    for name, tensor in tensors.items():
-        span = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape) if n)
-        if name not in POOLS and span >= 2**31:
-            fail(name, f"strides {tensor.stride()}", "a span below 2^31 elements")
-        if any(s < 0 for s in tensor.stride()):
-            fail(name, f"strides {tensor.stride()}", "no negative stride")
-        if name in ("out", *POOLS) and _overlaps_itself(tensor):
-            fail(name, f"strides {tensor.stride()}", "elements that share no memory")
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one address, by the axes from the innermost out."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+    check_memory(tensors, POOLS, ("out", *POOLS))
 
 
 def tied(tensors: dict[str, torch.Tensor]) -> bool:

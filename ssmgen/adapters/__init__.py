@@ -1,0 +1,1 @@
+"""Functions with the names and argument orders of other libraries, on the ops of this one."""

@@ -1,0 +1,185 @@
+"""The rendered kernels of gated_delta_rule_decode, interpreted, against fp64. K is never V."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gdn_calls import KINDS, LAYOUTS, STATES, make, row_of, token_of, verify
+from gdn_serving import GdnServer, exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import MUTATIONS, assert_close, assert_same_outputs
+from ssu_calls import raw, same
+
+from ssmgen import Plan
+
+SMALL = {"H": 1, "HV": 2, "K": 16, "V": 8}
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_call_is_right(kind, order):
+    call = make(**{**SMALL, **KINDS[kind], "order": order})
+    assert call.layout().config.state_layout == order
+    verify(call, call.interpreted())
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize(("state", "rounding"), STATES[1:])
+def test_every_rounding_is_right(state, rounding, order):
+    options = {"tokens": 2, "buffer": 2, "dst": [[6, 7], [8, 9]], "batch": 2, "indices": [1, 2]}
+    call = make(state, rounding, order=order, H=1, HV=2, K=24, V=16, **options)
+    share = verify(call, call.interpreted())
+    assert share > 0.9  # nearly all bits are determined, so wrong random bits would show
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize("rows", [2, 8])
+def test_random_bits_do_not_depend_on_plan_or_layout(rows, order):
+    call = make("bf16", "stochastic", order=order, **SMALL, indices=[0, 1, 2])
+    plan = Plan(algorithm="simple", block_m=rows, block_n=16, num_warps=1)
+    verify(call, call.interpreted(plan))
+    other = make("bf16", "stochastic", order="VK", **SMALL, indices=[0, 1, 2])
+    assert same(call.interpreted(plan)["state"], other.interpreted()["state"])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_the_source_for_other_architectures_is_right(arch):
+    call = make("fp16", "stochastic", **SMALL)
+    verify(call, call.interpreted(arch=arch))
+
+
+@pytest.mark.parametrize(("state", "rounding"), STATES)
+def test_a_row_alone_gives_the_bits_of_the_row_in_a_batch(state, rounding):
+    call = make(state, rounding, tokens=2, buffer=2, entries=[3, 1, 4], **SMALL)
+    together = call.interpreted()
+    for row in range(3):
+        alone = row_of(call, row).interpreted()
+        slot, entry = (int(call[n][row])
+                       for n in ("state_batch_indices", "intermediate_state_indices"))  # fmt: skip
+        assert same(alone["out"][0], together["out"][row])
+        for name, at in (("state", slot), ("intermediate_states_buffer", entry)):
+            assert same(alone[name][at], together[name][at])
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize("kind", ["plain", "kda", "given", "interleaved views"])
+def test_tokens_in_one_call_give_the_bits_of_single_calls(kind, order):
+    """For an fp32 state, with the snapshots after each."""
+    options = {**SMALL, **KINDS[kind], "order": order, "batch": 2}
+    call = make(tokens=3, buffer=3, **options)
+    after = call.interpreted()
+    step = call.copy()
+    for token in range(3):
+        one = token_of(step, token)
+        one.tensors["intermediate_states_buffer"] = step["intermediate_states_buffer"][:, token:]
+        step_after = one.interpreted()
+        raw(step["state"]).copy_(raw(step_after["state"]))
+        assert same(step_after["out"], after["out"][:, token])
+        mine = step_after["intermediate_states_buffer"][:2, 0]
+        assert same(mine, after["intermediate_states_buffer"][:2, token])
+    assert same(step["state"], after["state"])
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_accepted_column_is_read_on_every_path(tokens):
+    """The state of the accepted column is that of a call that starts there; no other is read."""
+    table = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    for accepted in ([1, 2, 3], [3, 3, 1]):
+        call = make(tokens=tokens, accepted=accepted, indices=table, dst=[9, 0, 3], **SMALL)
+        plain = call.copy()
+        del plain.tensors["num_accepted_tokens"]
+        column = torch.tensor([row[n - 1] for row, n in zip(table, accepted)])
+        plain.tensors["state_batch_indices"] = column
+        after, wanted = call.interpreted(), plain.interpreted()
+        assert not after["out"].isnan().any()
+        assert same(after["out"], wanted["out"])
+        assert same(after["state"], wanted["state"])
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+@pytest.mark.parametrize(("state", "rounding"), STATES)
+def test_a_padded_row_outputs_zero_and_touches_nothing(state, rounding, order):
+    options = {"tokens": 2, "buffer": 2, "pad": 9, "indices": [9, 9], "batch": 2, **SMALL}
+    call = make(state, rounding, order=order, **options)
+    after = call.interpreted()
+    assert call["state"].isnan().all()
+    assert not raw(after["out"]).any()
+    assert all(name == "out" or same(after[name], call[name]) for name in call.tensors)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("accepted", [4, 5, 2**31 - 1])
+def test_more_accepted_than_columns_is_nan_and_writes_no_state(tokens, accepted):
+    call = make(
+        tokens=tokens, accepted=[accepted, 2], indices=[[0, 1, 2], [3, 4, 5]], batch=2, buffer=2,
+        entries=[0, 1], **SMALL,
+    )  # fmt: skip
+    after = call.interpreted()
+    assert after["out"][0].isnan().all()
+    assert not after["out"][1].isnan().any()
+    for name, written in (("state", [4]), ("intermediate_states_buffer", [1])):
+        changed = (raw(after[name]) != raw(call[name])).flatten(1).any(1).nonzero()[:, 0]
+        assert changed.tolist() == written
+
+
+@settings(max_examples=40)
+@given(
+    ends=st.lists(st.integers(-5, 14), min_size=4, max_size=4),
+    accepted=st.lists(st.integers(-3, 6), min_size=3, max_size=3),
+)
+def test_whatever_the_tables_say_only_sequences_that_are_whole_write(ends, accepted):
+    source = torch.arange(9).view(3, 3)
+    call = make(
+        lengths=[2, 3, 3], steps=4, spare=0, accepted=accepted, indices=source.tolist(), H=1, HV=1,
+        K=8, V=16, buffer=4, entries=[0, 1, 2],
+    )  # fmt: skip
+    call.tensors["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
+    fits = [ends[i] >= 0 and ends[i + 1] <= 8 and 0 < ends[i + 1] - ends[i] <= 4 for i in range(3)]
+    whole = [i for i in range(3) if fits[i] and accepted[i] <= 3]
+    after = call.interpreted()
+    changed = (raw(after["state"]) != raw(call["state"])).flatten(1).any(1).nonzero()[:, 0].tolist()
+    assert changed == [3 * i + max(accepted[i] - 1, 0) for i in whole]
+    buffer = "intermediate_states_buffer"
+    changed = (raw(after[buffer]) != raw(call[buffer])).flatten(2).any(2).nonzero().tolist()
+    assert changed == [[i, t] for i in whole for t in range(ends[i + 1] - ends[i])]
+
+
+def test_an_overflowing_row_stays_its_own():
+    """With masked columns an infinite state must not become NaN where exact arithmetic has inf."""
+    call = make(K=24, V=16, H=1, HV=1, batch=1, l2norm=False, dtype="fp32")
+    call["k"].fill_(1.0)
+    call["q"].fill_(1.0)
+    call["v"].fill_(0.0)
+    call["v"][0, 0, 3] = torch.inf
+    slot = int(call["state_batch_indices"][0])
+    out = call.interpreted()["out"][0, 0]
+    assert out[3] == torch.inf
+    assert out[[0, 1, 2, 4]].isfinite().all()
+    assert call.interpreted()["state"][slot, 0, 3].eq(torch.inf).all()
+
+
+# Speculative serving
+
+
+SERVED = {"requests": 3, "rows": 2, "dim": 8, "dstate": 16, "steps": 3}
+
+
+@pytest.mark.parametrize("way", [{"plain": True}, {"keep": "buffered"}], ids=str)
+def test_speculation_changes_no_bit_of_what_is_accepted(way, monkeypatch):
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    server = GdnServer(drafts=2, **way, **SERVED)
+    close = exact(server)
+    found = server.run()
+    assert_same_outputs(found, GdnServer(drafts=0, **way, **SERVED).run())
+    assert_close(found, close, 1e-5)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_simulation_fails_for_a_server_with_this_bug(mutation, monkeypatch):
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    wanted = GdnServer(drafts=0, plain=True, **SERVED).run()
+    with pytest.raises(AssertionError, match="outputs differ"):
+        assert_same_outputs(
+            GdnServer(drafts=2, plain=True, mutation=mutation, **SERVED).run(), wanted
+        )
