@@ -161,10 +161,12 @@ def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[in
     plans = fitted(config, arch, family.shortlist(config, arch))
     if len(plans) == 1:
         return [(None, plan) for plan in plans]
-    costs = {plan: estimate(family.work(config, plan), arch) for plan in plans}
+    listed = [*plans]
+    costs = [estimate(family.work(config, plan), arch) for plan in listed]
     sizes = [family.limit(config, size) for size in family.sizes]
-    cells = [{plan: cost(size) for plan, cost in costs.items()} for size in sizes]
-    chosen = cover(cells, TRUST)
+    # By number: to hash a plan takes longer than to cost it.
+    cells = [{i: cost(size) for i, cost in enumerate(costs)} for size in sizes]
+    chosen = [listed[i] for i in cover(cells, TRUST)]
     found: list[tuple[int | None, Plan]] = [
         (between(low, high), plan)
         for low, high, plan, after in zip(sizes, sizes[1:], chosen, chosen[1:])

@@ -197,9 +197,10 @@ def _conclude(console: Console, found: Report, check: bool) -> int:
     for cell in told:
         times = {str(Plan(**s["plan"])): s["us"] for s in cell["standings"]}
         present, winner = str(Plan(**cell["present"])), str(Plan(**cell["winner"]))
+        sure = f"noise {cell['noise']:.1%}, {cell['rounds']} rounds"
         text = (
             f"{cell['cell']}: {times[winner]:.2f} us {winner}, {cell['margin']:.1%} faster than "
-            f"{times[present]:.2f} us {present} (noise {cell['noise']:.1%}, {cell['rounds']} rounds)"
+            f"{times[present]:.2f} us {present} ({sure})"
         )
         console.print(text, markup=False, soft_wrap=True)
     for row in found.failed:

@@ -75,7 +75,13 @@ def shortlist(config: SsuConfig) -> list[Plan]:
                     evict_first=not config.many, **more)  # type: ignore[arg-type]  # fmt: skip
 
     avoid = () if config.many else AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
-    found = [plan("simple", *tile) for tile in SIMPLE if tile not in avoid]
+    # What a loop over tokens keeps beside a tile leaves registers for 32 elements a thread.
+    full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
+    found = [
+        plan("simple", rows, warps)
+        for rows, warps in SIMPLE
+        if (rows, warps) not in avoid and not (full and rows > 8 * warps)
+    ]
     if config.many:
         forms: tuple[tuple[int, int, int | None], ...]
         forms = MATRIX_8 if config.ntokens <= 8 else MATRIX_16
