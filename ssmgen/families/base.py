@@ -82,12 +82,14 @@ class Family(ABC):
     def candidates(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
         """Plans worth timing, written as in a dispatch table; those that do not fit are left out.
 
-        By default: simple tiles of 4 to 64 rows in 1 to 8 warps.
+        By default: simple tiles of 4 to 64 rows in 1 to 8 warps, the new state first to leave the L2
+        or not.
         """
         from ..plan import Plan
 
         return [
-            Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=warps)
+            Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=warps, evict_first=evict)
+            for evict in (False, True)
             for rows in (4, 8, 16, 32, 64)
             for warps in (1, 2, 4, 8)
         ]

@@ -430,7 +430,7 @@ def test_a_family_that_declares_nothing_has_candidates_and_costs():
 
     plain = Plain()
     plans = plain.shortlist(FP16, SM_90)
-    assert len(set(plans)) == 20
+    assert len(set(plans)) == 40
     costs = {p: estimate(plain.work(FP16, p), SM_90)(1024) for p in plans}
     assert all(cost > 0 for cost in costs.values())
     assert len(set(costs.values())) > 10
