@@ -1,4 +1,4 @@
-"""The serving simulation of tests/serving_gdn.py on the rendered kernels, in Triton's interpreter."""
+"""The serving simulation of tests/serving_gdn.py on the rendered kernels, interpreted."""
 
 from __future__ import annotations
 
