@@ -42,9 +42,8 @@ test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'
 	@$(RUN) -m pytest -m gpu tests/gpu
 
-bench: $(READY)  ## Measure the op on this GPU; writes benchmarks/results/.
-	@$(RUN) benchmarks/ssu.py
-	@$(RUN) benchmarks/tokens.py
+bench: $(READY)  ## Measure everything on this GPU; writes benchmarks/results/.
+	@$(RUN) -c 'from ssmgen.cli import main; main()' bench all --out benchmarks/results
 
 golden: $(READY)  ## Write tests/golden anew after a change of a template; read the diff.
 	@$(RUN) -m pytest --update-golden tests/golden/test_golden.py

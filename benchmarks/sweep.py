@@ -7,7 +7,6 @@ python benchmarks/sweep.py --table benchmarks/results/sweep.json    write cache/
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -81,37 +80,13 @@ def _compile(job: tuple[str, dict[str, Any], str]) -> None:
     build(KernelConfig.from_json(job[0]), Plan(**job[1]), Arch.of(job[2]))
 
 
-def runner(problem: Any, function: Any, config: KernelConfig, plan: Plan) -> Any:
-    """`run(i)`: one plan on slot set i of `problem`, without dispatch."""
-    from torch._C import _cuda_getCurrentRawStream as stream
-
-    from ssmgen.launcher import Launch
-
-    family = spec(config.family)
-    tensors = {
-        "state": problem.pool, "state_scale": problem.scale, "out": problem.out,
-        "rand_seed": problem.seed, "state_batch_indices": problem.indices[0], **problem.inputs,
-    }  # fmt: skip
-    described = family.layout(
-        **tensors, dt_softplus=True, philox_rounds=problem.philox_rounds, pdl=config.pdl
-    )
-    grid = family.grid(config, plan, problem.batch, problem.nheads)
-    launch = Launch(function, grid, described.scalars, False)
-
-    def run(i: int) -> None:
-        tensors["state_batch_indices"] = problem.indices[i]
-        launch(stream(0), *(tensors[n].data_ptr() for n in described.tensors))
-
-    return run
-
-
 def measure(arguments: argparse.Namespace) -> None:
-    from harness import environment, save, warm_clocks
-    from problem import Problem
-
+    from ssmgen.bench.measure import cold
+    from ssmgen.bench.problem import make, planned
+    from ssmgen.bench.session import environment
     from ssmgen.kernel import build
     from ssmgen.launcher import load
-    from ssmgen.timing import copy_bandwidth, time_graph
+    from ssmgen.timing import copy_bandwidth, time_graph, warm_clocks
 
     begin = time.time()
     arch = Arch.detect()
@@ -136,14 +111,14 @@ def measure(arguments: argparse.Namespace) -> None:
             if time.time() - begin > arguments.seconds:
                 print("out of time")
                 break
-            problem = Problem(batch, state, bool(rounds), rounds)
+            problem = make(config, batch, 128)
             times = {}
             for plan, function in loaded:
-                run = runner(problem, function, config, plan)
+                run = planned(problem, function, plan)
                 if wrong := problem.verify(run, rows=2):
                     print(f"WRONG {state} {plan}: {wrong}", flush=True)
                     continue
-                launches = [functools.partial(run, i) for i in range(problem.sets)]
+                launches = cold(run, problem.sets)
                 times[str(plan)] = time_graph(launches, replays=5, warm_up=3.0)
             floor = problem.bytes / bandwidth * 1e6
             best = sorted(times.items(), key=lambda item: item[1])
@@ -161,7 +136,8 @@ def measure(arguments: argparse.Namespace) -> None:
             print(f"{_key(state, rounds):20} {batch:4} floor {floor:.2f} "
                   f"{100 * floor / best[0][1]:.0f}% {head} | {each}", flush=True)  # fmt: skip
             del problem
-    save(arguments.out, {"environment": environment(), "bandwidth": bandwidth, "cells": results})
+    content = {"environment": environment(), "bandwidth": bandwidth, "cells": results}
+    Path(arguments.out).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(path: str) -> None:

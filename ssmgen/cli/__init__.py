@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..errors import SsmgenError
-from . import cache, demo, doctor, prewarm, render
+from . import bench, cache, demo, doctor, prewarm, render
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app.command()(render.render)
 app.command()(prewarm.prewarm)
 app.add_typer(cache.app, name="cache")
 app.command()(doctor.doctor)
+app.command()(bench.bench)
 
 
 def _version(wanted: bool) -> None:
@@ -48,7 +49,7 @@ def _root(
 
     Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config,
     **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in
-    it, **ssmgen doctor** says what is wrong with this host.
+    it, **ssmgen doctor** says what is wrong with this host, **ssmgen bench** how fast it is.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -202,7 +201,7 @@ def _run_all(
     from .. import timing
 
     # A GPU gets a layer of a 128-head model; the interpreter a few of the same heads.
-    shape = {"batch": 64, "nheads": 128, "ngroups": 8}
+    shape: dict[str, Any] = {"batch": 64, "nheads": 128, "ngroups": 8}
     if gpu is None:
         shape = {"batch": 2, "nheads": 4, "ngroups": 2}
     bandwidth = timing.copy_bandwidth() if gpu else None
@@ -229,31 +228,37 @@ def _run_all(
 
 
 def _interpreted(
-    config: SsuConfig, shape: dict[str, int], arch: str
+    config: SsuConfig, shape: dict[str, Any], arch: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    from .trial import Trial
+    from ..arch import Arch
+    from ..bench.problem import plan_of
+    from ..bench.problems.ssu import SsuProblem
+    from .trial import interpret, judge
 
-    trial = Trial(config, **shape, device="cpu")
-    verdict = trial.judge(lambda: trial.interpret(arch))
-    return {"plan": trial.plan(arch).fields(), **verdict.errors()}, verdict.wrong
+    problem = SsuProblem(config, **shape, device="cpu", pool_bytes=0)
+    target = Arch.of(arch)
+    verdict = judge(problem, lambda: interpret(problem, target))
+    return {"plan": plan_of(problem, target).fields(), **verdict.errors()}, verdict.wrong
 
 
 def _on_gpu(
-    config: SsuConfig, shape: dict[str, int], bandwidth: float
+    config: SsuConfig, shape: dict[str, Any], bandwidth: float
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     from ..arch import Arch
+    from ..bench.measure import cold
+    from ..bench.problem import plan_of
+    from ..bench.problems.ssu import SsuProblem
     from ..timing import time_graph
-    from .trial import POOL_BYTES, Trial
+    from .trial import judge
 
-    trial = Trial(config, **shape, device="cuda", pool_bytes=POOL_BYTES)
-    verdict = trial.judge(lambda: trial.launch(0))
-    launches = [functools.partial(trial.launch, i) for i in range(trial.sets)]
-    seconds = time_graph(launches) * 1e-6
+    problem = SsuProblem(config, **shape)
+    verdict = judge(problem, lambda: problem.launch(0))
+    seconds = time_graph(cold(problem.launch, problem.sets)) * 1e-6
     found = {
-        "plan": trial.plan(Arch.detect()).fields(),
+        "plan": plan_of(problem, Arch.detect()).fields(),
         **verdict.errors(),
         "microseconds": round(seconds * 1e6, 2),
-        "share_of_bandwidth": round(trial.bytes / seconds / bandwidth, 4),
+        "share_of_bandwidth": round(problem.bytes / seconds / bandwidth, 4),
     }
     return found, verdict.wrong
 

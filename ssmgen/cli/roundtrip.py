@@ -16,8 +16,8 @@ from .probes import Facts, Note
 if TYPE_CHECKING:
     from ..arch import Arch
     from ..artifact import Artifact
+    from ..bench.problems.ssu import SsuProblem
     from ..plan import Plan
-    from .trial import Trial
 
 __all__ = ["round_trip"]
 
@@ -71,7 +71,6 @@ def _temporary(roots: list[Facts], note: Note) -> tempfile.TemporaryDirectory[st
 
 def _travel(arch: Arch, gpu: bool, folder: Path, steps: Facts) -> None:
     from .. import compiler
-    from ..families import spec
     from ..families.ssu import SsuConfig
     from ..plan import dispatch
     from ..store import Store
@@ -84,12 +83,11 @@ def _travel(arch: Arch, gpu: bool, folder: Path, steps: Facts) -> None:
         steps["milliseconds"][name] = round((time.perf_counter() - start) * 1e3, 1)
 
     config = SsuConfig(state_dtype="fp16", rounding="stochastic")
-    trial = None
+    problem = None
     if gpu:
-        from .trial import Trial
+        from ..bench.problems.ssu import SsuProblem
 
-        trial = Trial(config, batch=8, nheads=8, ngroups=1, device="cuda")
-        config = spec("ssu").layout(**trial.arguments(0)).config  # type: ignore[assignment]
+        problem = SsuProblem(config, batch=8, nheads=8, pool_bytes=0)
     plan = dispatch(config, arch)[-1].plan
     with timed("render"):
         render(config, plan, arch)
@@ -102,25 +100,21 @@ def _travel(arch: Arch, gpu: bool, folder: Path, steps: Facts) -> None:
         found = Store(folder / "store", writable=False).get(wanted, toolchain)
     if found is None or found.contents() != artifact.contents():
         raise RuntimeError(f"what was published in {folder} does not read back as it was")
-    if trial is not None:
+    if problem is not None:
         with timed("launch"):
-            _launch(found, plan, trial, steps)
+            _launch(found, plan, problem, steps)
 
 
-def _launch(artifact: Artifact, plan: Plan, trial: Trial, steps: Facts) -> None:
+def _launch(artifact: Artifact, plan: Plan, problem: SsuProblem, steps: Facts) -> None:
     import torch
 
-    from ..families import spec
-    from ..launcher import Launch, load
+    from ..bench.problem import planned
+    from ..launcher import load
+    from .trial import judge
 
-    arguments = trial.arguments(0)
-    family = spec(trial.config.family)
-    layout = family.layout(**arguments)
-    grid = family.grid(layout.config, plan, layout.batch, layout.nheads)
     function = load(artifact, torch.cuda.current_device())
-    launch = Launch(function, grid, layout.scalars, False)
-    addresses = [arguments[name].data_ptr() for name in layout.tensors]
-    verdict = trial.judge(lambda: launch(torch.cuda.current_stream().cuda_stream, *addresses))
+    launch = planned(problem, function, plan)
+    verdict = judge(problem, lambda: launch(0))
     steps["share_of_allowed_error"] = round(verdict.share, 3)
     if verdict.wrong:
         raise RuntimeError(f"the kernel ran and is wrong: {'; '.join(verdict.wrong)}")

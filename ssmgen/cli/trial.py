@@ -1,4 +1,4 @@
-"""One kernel on real input: a Mamba2 layer's shapes and distributions, judged against fp64.
+"""What a kernel made of a problem, judged against fp64.
 
 What an answer may be off by is derived, not fitted: half a unit in the last place of its storage
 (one where it is rounded stochastically) plus a bound on the fp32 arithmetic before.
@@ -13,15 +13,12 @@ from typing import Any
 import torch
 
 from ..arch import Arch
-from ..families.ssu.config import SCALED, SsuConfig
+from ..bench.problem import plan_of
+from ..bench.problems.ssu import SsuProblem
 from ..families.ssu.contract import layout
-from ..plan import Plan, dispatch
-from ..reference import QMAX, quantise, ssu_step
+from ..reference import QMAX, ssu_step
 
-__all__ = ["POOL_BYTES", "Trial", "Verdict"]
-
-# More than any L2, so that a slot set is out of it when its turn comes again.
-POOL_BYTES = 512 * 2**20
+__all__ = ["Verdict", "interpret", "judge", "ulp"]
 
 EPS = 2.0**-24  # half a unit in the last place of fp32, relative
 
@@ -51,118 +48,30 @@ def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full_like(values, info.eps / 2), exponent)
 
 
-class Trial:
-    """The arguments of calls on ``sets`` disjoint sets of slots of one pool."""
+def interpret(problem: SsuProblem, arch: Arch) -> None:
+    """Run slot set 0 in Triton's interpreter, as `arch` would."""
+    from ..interpreter import interpret
 
-    def __init__(
-        self,
-        config: SsuConfig,
-        batch: int,
-        nheads: int,
-        ngroups: int,
-        device: str,
-        pool_bytes: int = 0,
-    ) -> None:
-        self.config, self.batch, self.nheads = config, batch, nheads
-        dim, dstate = config.dim, config.dstate
-        generator = torch.Generator(device).manual_seed(20)
+    arguments = problem.arguments(0)
+    interpret(layout(**arguments), arguments, plan=plan_of(problem, arch), arch=arch)
 
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device)
 
-        def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+def judge(problem: SsuProblem, run: Callable[[], Any], rows: int = 8) -> Verdict:
+    """Run slot set 0, of one token a row, and compare the first `rows` rows with fp64, and that no
+    other slot has changed."""
+    return _Judge(problem, rows).judge(run)
 
-        dtype = getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
-                                "fp8_e4m3fn": "float8_e4m3fn"}.get(config.state_dtype,
-                                                                  config.state_dtype))  # fmt: skip
-        slot_bytes = nheads * dim * dstate * dtype.itemsize
-        self.sets = max(2, -(-pool_bytes // (batch * slot_bytes)))
-        slots = self.sets * batch + 1  # slot 0 is nobody's
-        self.state = torch.empty(slots, nheads, dim, dstate, dtype=dtype, device=device)
-        self.scale: torch.Tensor | None = None
-        if config.state_dtype in SCALED:
-            self.scale = torch.empty(slots, nheads, dim, device=device)
-        for first in range(0, slots, 32):
-            part = slice(first, min(first + 32, slots))
-            values = randn(part.stop - first, nheads, dim, dstate)
-            if self.scale is None:
-                self.state[part] = values
-            else:
-                codes, self.scale[part] = quantise(values, dtype)
-                self.state[part] = codes
 
-        # The layer convolves and gates one projection; x, B and C are views of it.
-        silu = torch.nn.functional.silu
-        packed = silu(randn(batch, nheads * dim + 2 * ngroups * dstate)).bfloat16()
-        x, B, C = packed.split([nheads * dim, ngroups * dstate, ngroups * dstate], dim=-1)
-        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1] and A uniform in [-16, -1], as Mamba2
-        # initialises them.
-        step = uniform(-6.907755, -2.302585, nheads).exp()
-        bias = step + torch.log(-torch.expm1(-step))
-        self.inputs = {
-            "x": x.unflatten(-1, (nheads, dim)),
-            "dt": (0.1 * randn(batch, nheads))[:, :, None].expand(-1, -1, dim),
-            "A": uniform(-16, -1, nheads)[:, None, None].expand(-1, dim, dstate),
-            "B": B.unflatten(-1, (ngroups, dstate)),
-            "C": C.unflatten(-1, (ngroups, dstate)),
-            "D": uniform(0.5, 1.5, nheads)[:, None].expand(-1, dim),
-            "dt_bias": bias[:, None].expand(-1, dim),
-        }
-        order = torch.randperm(slots - 1, generator=generator, device=device) + 1
-        self.slots = order.reshape(self.sets, batch)
-        self.out = torch.empty(batch, nheads, dim, dtype=torch.bfloat16, device=device)
-        self.seed = None
-        if config.rounding == "stochastic":
-            self.seed = torch.tensor([20], device=device)
+class _Judge:
+    def __init__(self, problem: SsuProblem, rows: int) -> None:
+        assert problem.sources is not None
+        self.config, self.state, self.scale = problem.config, problem.pool, problem.scale
+        self.inputs, self.out, self.slots = problem.inputs, problem.out, problem.sources[0]
+        self.keep = min(rows, problem.batch)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes a call must move: state and scales in and out, inputs, output."""
-        row = self.state[0].numel() * self.state.itemsize
-        if self.scale is not None:
-            row += self.scale[0].numel() * 4
-        inputs = sum(t.untyped_storage().nbytes() for t in self.inputs.values())
-        packed = self.inputs["x"].untyped_storage().nbytes()  # shared by x, B and C
-        return 2 * self.batch * row + inputs - 2 * packed + self.out.nbytes + self.slots[0].nbytes
-
-    def arguments(self, which: int) -> dict[str, Any]:
-        """What to call the op with, on slot set `which`."""
-        return {
-            "state": self.state,
-            **self.inputs,
-            "dt_softplus": True,
-            "state_batch_indices": self.slots[which],
-            "state_scale": self.scale,
-            "rand_seed": self.seed,
-            "philox_rounds": self.config.philox_rounds or 10,
-            "out": self.out,
-        }
-
-    def plan(self, arch: Arch | str) -> Plan:
-        """The plan that serves these calls on `arch`."""
-        work = self.batch * self.nheads
-        choices = dispatch(self.config, Arch.of(arch))
-        return next(c.plan for c in choices if c.limit is None or work <= c.limit)
-
-    def interpret(self, arch: Arch | str) -> None:
-        """Run slot set 0 in Triton's interpreter, as `arch` would."""
-        from ..interpreter import interpret
-
-        arguments = self.arguments(0)
-        interpret(layout(**arguments), arguments, plan=self.plan(arch), arch=arch)
-
-    def launch(self, which: int) -> None:
-        """The op, as an engine calls it."""
-        from ..ops.ssu import selective_state_update
-
-        selective_state_update(**self.arguments(which))
-
-    def judge(self, run: Callable[[], Any], rows: int = 8) -> Verdict:
-        """Run slot set 0 and compare the first `rows` rows with fp64, and that no other slot has
-        changed."""
-        keep = min(rows, self.batch)
-        slots = self.slots[0, :keep]
+    def judge(self, run: Callable[[], Any]) -> Verdict:
+        keep = self.keep
+        slots = self.slots[:keep]
         inputs = {k: v[:keep] if k in ("x", "dt", "B", "C") else v for k, v in self.inputs.items()}
         h = self._decoded(slots)
         y, exact = ssu_step(h, **inputs, dt_softplus=True, compute_dtype=torch.float64)
@@ -170,7 +79,7 @@ class Trial:
         sizes = {k: v if k in ("dt", "A", "dt_bias") else v.abs() for k, v in inputs.items()}
         y_terms, terms = ssu_step(h.abs(), **sizes, dt_softplus=True, compute_dtype=torch.float64)
         others = torch.ones(len(self.state), dtype=torch.bool, device=self.state.device)
-        others[self.slots[0]] = False
+        others[self.slots] = False
         before = self._raw()[others].clone()
 
         self.out.fill_(torch.nan)

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 import ssmgen
 from ssmgen import compiler, interpreter, template
 from ssmgen.arch import Arch
+from ssmgen.bench.problems.ssu import SsuProblem
 from ssmgen.cli import app, demo
-from ssmgen.cli.trial import Trial, ulp
+from ssmgen.cli.trial import interpret, judge, ulp
 from ssmgen.config import KernelConfig
 from ssmgen.families.ssu.config import SsuConfig
 from ssmgen.plan import dispatch
@@ -114,9 +115,9 @@ def test_a_process_compiles_after_it_has_interpreted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SSMGEN_CACHE_DIR", str(tmp_path))
-    trial = trial_of("int8", "stochastic")
-    trial.interpret("sm_90")
-    assert ssmgen.get_kernel(trial.config, arch="sm_90").artifact.cubin
+    problem = problem_of("int8", "stochastic")
+    interpret(problem, Arch.of("sm_90"))
+    assert ssmgen.get_kernel(problem.config, arch="sm_90").artifact.cubin
 
 
 STATES = [
@@ -130,69 +131,73 @@ STATES = [
 ]
 
 
-def trial_of(state: str, rounding: str) -> Trial:
+def problem_of(state: str, rounding: str) -> SsuProblem:
     config = SsuConfig(state_dtype=state, rounding=rounding, dim=16, dstate=32)
-    return Trial(config, batch=3, nheads=2, ngroups=1, device="cpu")
+    return SsuProblem(config, batch=3, nheads=2, device="cpu", pool_bytes=0)
 
 
-def first_unit(trial: Trial) -> torch.Tensor:
+def first_unit(problem: SsuProblem) -> torch.Tensor:
     """Where row 0's state starts, as the integers it is stored in."""
-    stored = trial.state.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[trial.state.itemsize])
-    return stored[trial.slots[0, 0], 0]
+    assert problem.sources is not None
+    stored = problem.pool.view(
+        {4: torch.int32, 2: torch.int16, 1: torch.int8}[problem.pool.itemsize]
+    )
+    return stored[problem.sources[0, 0], 0]
 
 
-def spoil_state(trial: Trial) -> None:
+def spoil_state(problem: SsuProblem) -> None:
     # By far more than fp32 arithmetic allows, by only a little of what 16 and 8 bits hold.
-    first_unit(trial)[0, :8] += 200 if trial.state.dtype == torch.float32 else 2
+    first_unit(problem)[0, :8] += 200 if problem.pool.dtype == torch.float32 else 2
 
 
-def spoil_output(trial: Trial) -> None:
-    trial.out.view(torch.int16)[0, 0, :2] += 1
+def spoil_output(problem: SsuProblem) -> None:
+    problem.out.view(torch.int16)[0, 0, :2] += 1
 
 
-def spoil_other_slot(trial: Trial) -> None:
-    trial.state.view(torch.uint8)[0, 0, 0, 0] ^= 1
+def spoil_other_slot(problem: SsuProblem) -> None:
+    problem.pool.view(torch.uint8)[0, 0, 0, 0] ^= 1
 
 
-def forget_output(trial: Trial) -> None:
-    trial.out[1, 0, 0] = torch.nan
+def forget_output(problem: SsuProblem) -> None:
+    problem.out[1, 0, 0] = torch.nan
 
 
 @pytest.mark.parametrize(("state", "rounding"), STATES)
-def test_trial_accepts_the_reference(state: str, rounding: str) -> None:
-    trial = trial_of(state, rounding)
-    verdict = trial.judge(lambda: trial.launch(0))
+def test_judge_accepts_the_reference(state: str, rounding: str) -> None:
+    problem = problem_of(state, rounding)
+    verdict = judge(problem, lambda: problem.launch(0))
     assert verdict.wrong == ()
     assert verdict.share <= 1
 
 
 @pytest.mark.parametrize(("state", "rounding"), STATES)
 @pytest.mark.parametrize("spoil", [spoil_state, spoil_output, spoil_other_slot, forget_output])
-def test_trial_sees_what_is_wrong(
-    state: str, rounding: str, spoil: Callable[[Trial], None]
+def test_judge_sees_what_is_wrong(
+    state: str, rounding: str, spoil: Callable[[SsuProblem], None]
 ) -> None:
-    trial = trial_of(state, rounding)
+    problem = problem_of(state, rounding)
 
     def launch() -> None:
-        trial.launch(0)
-        spoil(trial)
+        problem.launch(0)
+        spoil(problem)
 
-    assert trial.judge(launch).wrong != ()
+    assert judge(problem, launch).wrong != ()
 
 
 @pytest.mark.parametrize("state", ["int16", "int8", "fp8_e4m3fn"])
-def test_trial_sees_a_scale_that_is_not_its_rows(state: str) -> None:
-    trial = trial_of(state, "nearest")
+def test_judge_sees_a_scale_that_is_not_its_rows(state: str) -> None:
+    problem = problem_of(state, "nearest")
 
     def launch() -> None:
-        trial.launch(0)
-        slot = trial.slots[0, 0]
-        assert trial.scale is not None
-        trial.scale[slot] *= 2
-        codes = trial.state[slot].float() / 2
-        trial.state[slot] = codes.to(trial.state.dtype)
+        problem.launch(0)
+        assert problem.sources is not None
+        slot = problem.sources[0, 0]
+        assert problem.scale is not None
+        problem.scale[slot] *= 2
+        codes = problem.pool[slot].float() / 2
+        problem.pool[slot] = codes.to(problem.pool.dtype)
 
-    assert "a scale is not that of its row's largest element" in trial.judge(launch).wrong
+    assert "a scale is not that of its row's largest element" in judge(problem, launch).wrong
 
 
 @pytest.mark.parametrize(

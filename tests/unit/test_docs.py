@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import ssmgen
 from ssmgen import errors
@@ -141,23 +140,31 @@ def test_readme_maps_every_module() -> None:
     assert named == there
 
 
-@pytest.mark.parametrize(
-    ("path", "options"),
-    [
-        (
-            "README.md",
-            ["--grids", "128 heads", "--states", "fp32", "fp16", "fp16 + SR 10", "int16"],
-        ),
-        ("docs/performance.md", []),
-    ],
-)
-def test_measured_tables_are_what_the_benchmark_prints_of_its_result(path, options) -> None:
-    result = ROOT / "benchmarks" / "results" / "ssu-h200.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "ssu.py"), "--table", str(result)]
-    printed = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    text = (ROOT / path).read_text()
-    block = text.partition("<!-- measured -->\n")[2].partition("<!-- /measured -->")[0]
-    assert block == printed.stdout
+RESULTS = {
+    ("README.md", "measured"): (
+        ["ssu-h200.json", "host-h200.json"],
+        ["--heads", "128", "--dims", "64", "--states", "fp32,fp16,fp16+sr,int16"],
+    ),
+    ("docs/performance.md", "measured"): (["ssu-h200.json", "host-h200.json"], []),
+    ("docs/performance.md", "chain"): (["chain-h200.json"], []),
+}
+
+
+@pytest.mark.parametrize(("path", "block"), RESULTS)
+def test_measured_tables_are_what_the_benchmark_prints_of_its_results(path, block) -> None:
+    files, options = RESULTS[path, block]
+    results = ROOT / "benchmarks" / "results"
+    shown = [argument for file in files for argument in ("--table", str(results / file))]
+    printed = CliRunner().invoke(app, ["bench", *shown, *options])
+    assert printed.exit_code == 0
+    text = (ROOT / path).read_text().partition(f"<!-- {block} -->\n")[2]
+    assert text.partition(f"<!-- /{block} -->")[0] == printed.stdout
+
+
+def test_every_picture_of_a_result_is_shown() -> None:
+    text = page("performance.md")
+    for path in (DOCS / "images").glob("*.png"):
+        assert f"(images/{path.name})" in text, path.name
 
 
 def test_targets_named_in_the_docs_exist() -> None:

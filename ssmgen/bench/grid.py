@@ -1,0 +1,216 @@
+"""Which cells a section measures. A cell is one config at one size; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import KernelConfig
+from ..errors import ConfigError
+from ..families.ssu.config import SsuConfig
+
+__all__ = ["AXES", "GRIDS", "SECTIONS", "Cell", "Grid", "Wanted", "config_of", "parse_state"]
+
+SHAPES = ((128, 64), (16, 64), (128, 80))  # nheads, dim
+STATES = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "fp16 + SR 10",
+    "fp16 + SR 5",
+    "bf16 + SR 10",
+    "int16",
+    "int16 + SR 10",
+    "int8",
+    "int8 + SR 10",
+    "fp8_e4m3fn",
+    "fp8_e4m3fn + SR 10",
+)
+BATCHES = (1, 4, 16, 64, 256, 1024)
+TOKENS = (2, 4, 6, 8)
+WRITES = ("last only", "every token")
+# How the cost of one kernel grows: what is varied, what the other sizes are then.
+AXES: dict[str, tuple[int, ...]] = {
+    "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    "heads": (8, 16, 24, 32, 48, 64, 80, 96, 128, 256),
+    "dim": (16, 32, 48, 64, 80, 96, 128, 192, 256),
+    "dstate": (16, 32, 64, 96, 128, 192, 256),
+    "tokens": (1, 2, 3, 4, 6, 8, 12, 16),
+}
+BASE = {"batch": 64, "heads": 64, "dim": 64, "dstate": 128, "tokens": 1}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One config at one size. `key` is what tables call it."""
+
+    config: KernelConfig
+    batch: int
+    nheads: int
+    key: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The cell on one line."""
+        return ", ".join(
+            str(value) if isinstance(value, str) else f"{name} {value}" for name, value in self.key
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of a grid is wanted; None is what the grid has by itself."""
+
+    heads: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    states: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    quick: bool = False
+
+    def takes(self, cell: dict[str, Any]) -> bool:
+        """Whether a measured cell is among what is wanted."""
+        named = {"heads": self.heads, "dim": self.dims, "state": self.states,
+                 "batch": self.batches, "tokens": self.tokens}  # fmt: skip
+        return all(
+            allowed is None or name not in cell or cell[name] in allowed
+            for name, allowed in named.items()
+        )
+
+
+def state_label(state: str, rounds: int) -> str:
+    """What tables call a state dtype with its rounds of Philox; 0 rounds is to nearest."""
+    return f"{state} + SR {rounds}" if rounds else state
+
+
+def parse_state(text: str) -> str:
+    """The label of a state as people type it: fp16, fp16+sr, fp16+sr5. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\w+?)(?:\+sr(\d*))?", text.lower().replace(" ", ""))
+    if match is None:
+        raise ConfigError(f"state: {text!r} found; allowed: a dtype, or one with +sr or +sr5")
+    name, rounds = match.groups()
+    label = state_label(name, 0 if rounds is None else int(rounds or 10))
+    config_of(label)
+    return label
+
+
+def config_of(label: str, **fields: Any) -> SsuConfig:
+    """The config of a state's label."""
+    state, _, rounds = label.partition(" + SR ")
+    if rounds:
+        fields |= {"rounding": "stochastic", "philox_rounds": int(rounds)}
+    return SsuConfig(state_dtype=state, **fields)
+
+
+def _pick(wanted: Sequence[Any] | None, whole: Iterable[Any], quick: Iterable[Any] | None) -> Any:
+    if wanted is not None:
+        return wanted
+    return tuple(whole if quick is None else quick)
+
+
+def ssu(wanted: Wanted) -> list[Cell]:
+    """One token a row: state dtypes and roundings by batch, at three shapes of a layer."""
+    quick = wanted.quick
+    if wanted.heads or wanted.dims:
+        shapes = tuple(itertools.product(wanted.heads or (128,), wanted.dims or (64,)))
+    else:
+        shapes = SHAPES[:1] if quick else SHAPES
+    states = _pick(wanted.states, STATES, ("fp32", "fp16", "fp16 + SR 10") if quick else None)
+    batches = _pick(wanted.batches, BATCHES, (1, 16, 256) if quick else None)
+    return [
+        Cell(
+            config_of(state, dim=dim), batch, heads,
+            (("heads", heads), ("dim", dim), ("state", state), ("batch", batch)),
+        )
+        for (heads, dim), state, batch in itertools.product(shapes, states, batches)
+    ]  # fmt: skip
+
+
+def tokens(wanted: Wanted) -> list[Cell]:
+    """Several tokens a row: the state written after the last one, or each into a buffer."""
+    quick = wanted.quick
+    heads = _pick(wanted.heads, (128, 16), (128,) if quick else None)
+    states = _pick(wanted.states, ("fp32", "fp16", "bf16"), ("fp16",) if quick else None)
+    counts = _pick(wanted.tokens, TOKENS, (4,) if quick else None)
+    batches = _pick(wanted.batches, BATCHES, (1, 16, 256) if quick else None)
+    cells = []
+    for n, writes, state, count, batch in itertools.product(
+        heads, WRITES, states, counts, batches
+    ):  # fmt: skip
+        # With every token's state in the buffer the slot stays as it was: so drafts are verified.
+        every = writes == "every token"
+        config = config_of(
+            state, ntokens=count, has_intermediate=every, update_state=not every,
+            entry_dtype="int64" if every else None,
+        )  # fmt: skip
+        key = {"heads": n, "writes": writes, "state": state, "tokens": count, "batch": batch}
+        cells.append(Cell(config, batch, n, tuple(key.items())))
+    return cells
+
+
+def scaling(wanted: Wanted) -> list[Cell]:
+    """One size varied at a time."""
+    states = _pick(wanted.states, ("fp16",), None)
+    cells = []
+    for state, (axis, values) in itertools.product(states, AXES.items()):
+        for value in values[:: 3 if wanted.quick else 1]:
+            sizes = {**BASE, axis: value}
+            config = config_of(
+                state, dim=sizes["dim"], dstate=sizes["dstate"], ntokens=sizes["tokens"]
+            )
+            key = (("axis", axis), ("state", state), ("value", value))
+            cells.append(Cell(config, sizes["batch"], sizes["heads"], key))
+    return cells
+
+
+Part = tuple[str, Callable[[dict[str, Any]], bool]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A section that is made of cells: which, and how they are shown.
+
+    Tables are split by `group` and have the columns `columns` before the floor; `means` are the
+    parts of a table that have a mean each: what they are called, and which cells they are. A
+    picture has a row of panels for each value of `panels`, over `over`. `heeds`: the options that
+    choose cells.
+    """
+
+    cells: Callable[[Wanted], list[Cell]]
+    group: tuple[str, ...]
+    columns: tuple[str, ...]
+    panels: str
+    heeds: tuple[str, ...]
+    means: tuple[Part, ...] = ()
+    over: str = "batch"
+
+
+GRIDS = {
+    "ssu": Grid(
+        ssu,
+        ("heads", "dim"),
+        ("state", "batch"),
+        "state",
+        ("heads", "dims", "states", "batches"),
+        (
+            (", nearest", lambda cell: "SR" not in cell["state"]),
+            (", stochastic", lambda cell: "SR" in cell["state"]),
+        ),
+    ),
+    "tokens": Grid(
+        tokens,
+        ("heads", "writes"),
+        ("state", "tokens", "batch"),
+        "tokens",
+        ("heads", "states", "batches", "tokens"),
+        (
+            ("", lambda cell: True),
+            (", from batch 16 up", lambda cell: cell["batch"] >= 16),
+        ),
+    ),
+    "scaling": Grid(scaling, ("axis", "state"), ("value",), "state", ("states",), over="value"),
+}
+SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")

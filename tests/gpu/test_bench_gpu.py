@@ -1,0 +1,120 @@
+"""The benchmark on a GPU: its timing, its sections at a few cells, and what is wrong is seen."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ssmgen.arch import Arch
+from ssmgen.bench.grid import config_of
+from ssmgen.bench.measure import cold, interleaved
+from ssmgen.bench.problem import make, plan_of, planned
+from ssmgen.bench.session import contest
+from ssmgen.cli import app
+from ssmgen.kernel import build
+from ssmgen.launcher import load
+from ssmgen.timing import Graph, copy_bandwidth, time_graph
+
+pytestmark = pytest.mark.gpu
+
+STATES = ("fp32", "bf16", "fp16 + SR 10", "int16", "int8 + SR 10", "fp8_e4m3fn")
+
+
+def test_a_graph_takes_as_long_as_its_work():
+    small, large = (torch.randn(n * 2**20, device="cuda") for n in (8, 64))
+    few, many = (time_graph([functools.partial(t.mul_, -1)] * 4) for t in (small, large))
+    assert 3 < many / few < 20
+    assert Graph([functools.partial(large.mul_, -1)] * 4).replay() == pytest.approx(many, rel=0.5)
+
+
+def test_interleaved_times_are_those_of_graphs_alone():
+    data = torch.randn(2**26, device="cuda")
+    launch = functools.partial(data.mul_, -1)
+    times = interleaved({"one": [launch] * 4, "two": [launch, launch] * 4}, rounds=5)
+    assert times["one"].median == pytest.approx(times["two"].median, rel=0.05)
+    assert times["one"].median == pytest.approx(time_graph([launch] * 4), rel=0.1)
+    assert len(times["one"].rounds) == 5
+
+
+@pytest.mark.parametrize("label", STATES)
+def test_ssmgen_is_right_and_no_faster_than_memory(label):
+    problem = make(config_of(label), 64, 32)
+    found = contest(problem, ("ssmgen", "copy"), rounds=3)
+    assert not found["wrong"]
+    floor = problem.bytes / copy_bandwidth() * 1e6
+    # A copy of the same bytes, and the op, are no faster than the bandwidth allows.
+    assert found["us"]["copy"] > 0.9 * floor
+    assert found["us"]["ssmgen"] > 0.9 * floor
+    assert found["again"] == pytest.approx(found["us"]["ssmgen"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"index_dtype": None},
+        {"index_dtype": "int32", "has_dst": True, "has_z": True},
+        {"ntokens": 4},
+        {"ntokens": 4, "has_intermediate": True, "update_state": False, "entry_dtype": "int64"},
+        {"ntokens": 3, "seqlens_dtype": "int32", "accepted_dtype": "int32"},
+        {"ntokens": 5, "parents_dtype": "int64"},
+        {"pdl": True},
+        {"aligned": False, "tie_hdim": False},
+    ],
+    ids=lambda fields: ", ".join(fields) or "plain",
+)
+def test_the_op_and_a_planned_launch_are_right_on_every_kind_of_problem(fields):
+    problem = make(config_of("fp16", dim=32, dstate=64, **fields), 37, 6, pool_bytes=2**22)
+    assert problem.verify(problem.launch) == ""
+    arch = Arch.detect()
+    plan = plan_of(problem, arch)
+    function = load(build(problem.config, plan, arch), torch.cuda.current_device())
+    launch = planned(problem, function, plan)
+    assert problem.verify(launch, problem.sets - 1) == ""
+    assert len(cold(launch, problem.sets)) == problem.sets
+
+
+def test_a_wrong_launch_is_seen():
+    problem = make(config_of("fp16"), 64, 8, pool_bytes=2**22)
+
+    def half(which: int) -> None:
+        problem.launch(which)
+        problem.out[32:] *= 2
+
+    assert problem.verify(lambda which: None) == "output not written everywhere"
+    assert "output off by" in problem.verify(half)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ssu", "--heads", "16", "--states", "fp16,int8+sr", "--batches", "1,16"],
+        ["tokens", "--heads", "16", "--states", "fp16", "--tokens", "2,6", "--batches", "4"],
+        ["chain", "--heads", "16", "--batches", "1,4"],
+        ["host"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_section_runs_from_the_command_to_its_file(arguments, tmp_path):
+    options = [] if arguments[0] in ("chain", "host") else ["--contestants", "ssmgen,copy"]
+    where = tmp_path / "result.json"
+    result = CliRunner().invoke(
+        app, ["bench", *arguments, *options, "--quick", "--out", str(where)]
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(where.read_text())
+    assert content["environment"]["gpu"] == torch.cuda.get_device_name()
+    for cell in content.get("cells", ()):
+        assert not cell["wrong"]
+        assert all(us > 0 for us in cell["us"].values())
+    if arguments[0] == "chain":
+        assert all(len(cell["us"]) == 4 for cell in content["cells"])
+    if arguments[0] == "host":
+        assert {"ssmgen op call", "ssmgen bound launch"} <= {r["name"] for r in content["rows"]}
+    shown = CliRunner().invoke(app, ["bench", "--table", str(where)])
+    assert shown.exit_code == 0
+    assert "NVIDIA" in shown.stdout
