@@ -15,17 +15,26 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .config import KernelConfig
     from .kernel import Kernel, get_kernel
+    from .ops.conv1d import causal_conv1d_fn, causal_conv1d_update
     from .ops.gdn import gated_delta_rule_decode, split_qkv
     from .ops.ssu import selective_state_update
     from .plan import Plan
     from .policy import freeze
+    from .serving.metadata import DecodeMetadata
+    from .serving.pool import StatePool
+    from .serving.record import LayerSpec
 
 __all__ = [
     "Arch",
+    "DecodeMetadata",
     "Kernel",
     "KernelConfig",
+    "LayerSpec",
     "Plan",
+    "StatePool",
     "__version__",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "freeze",
     "gated_delta_rule_decode",
     "get_kernel",
@@ -37,9 +46,14 @@ logging.getLogger("ssmgen").addHandler(logging.NullHandler())
 
 _WHERE = {
     "Arch": "arch",
+    "DecodeMetadata": "serving.metadata",
     "Kernel": "kernel",
     "KernelConfig": "config",
+    "LayerSpec": "serving.record",
     "Plan": "plan",
+    "StatePool": "serving.pool",
+    "causal_conv1d_fn": "ops.conv1d",
+    "causal_conv1d_update": "ops.conv1d",
     "freeze": "policy",
     "gated_delta_rule_decode": "ops.gdn",
     "get_kernel": "kernel",

@@ -10,6 +10,8 @@ __all__ = [
     "ConfigTypeError",
     "DeviceError",
     "JitDeniedError",
+    "PoolError",
+    "PoolExhaustedError",
     "SsmgenError",
     "StoreError",
     "UnsupportedError",
@@ -54,3 +56,11 @@ class StoreError(SsmgenError, RuntimeError):
 
 class JitDeniedError(StoreError):
     """A kernel is in no store, and compiling is forbidden."""
+
+
+class PoolError(SsmgenError, RuntimeError):
+    """A slot is used against its life: freed twice, copied when free, written by two rows."""
+
+
+class PoolExhaustedError(PoolError):
+    """A pool has fewer free slots than were asked for."""

@@ -1,8 +1,8 @@
 """What a Gluon kernel needs of its language, on the CPU: layouts mean nothing there.
 
-Generated sources for the interpreter import `gl`, `async_copy` and `mma_v2` from here. `gl` has
-what ``triton.language`` has when it is asked, which the interpreter patches while a kernel runs.
-This covers the arithmetic and the permutations; whether a layout fits, the compiler checks.
+Generated sources for the interpreter import from here what others import from Gluon. `gl` has what
+``triton.language`` has when it is asked, which the interpreter patches while a kernel runs. This
+covers the arithmetic and the permutations; whether a layout fits, the compiler checks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
-__all__ = ["async_copy", "gl", "mma_v2"]
+__all__ = ["async_copy", "async_load", "barrier", "gl", "mma_v2"]
 
 
 class _Shared:
@@ -42,10 +42,6 @@ class _Language:
         return value
 
     @staticmethod
-    def thread_barrier() -> None:
-        pass
-
-    @staticmethod
     def arange(start: int, end: int, layout: Any) -> Any:
         return tl.arange(start, end)
 
@@ -57,8 +53,13 @@ class _Language:
         return getattr(tl, name)
 
 
-def _copy(shared: _Shared, pointers: Any, mask: Any = None) -> None:
+def async_load(shared: _Shared, pointers: Any, mask: Any = None) -> None:
+    """Fill shared memory from where the pointers point."""
     shared.store(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0))
+
+
+def barrier() -> None:
+    """Nothing: one thread runs a program."""
 
 
 def mma_v2(a: Any, b: Any, accumulator: Any) -> Any:
@@ -67,6 +68,4 @@ def mma_v2(a: Any, b: Any, accumulator: Any) -> Any:
 
 
 gl = _Language()
-async_copy = SimpleNamespace(
-    async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda groups: None
-)
+async_copy = SimpleNamespace(commit_group=lambda: None, wait_group=lambda groups: None)

@@ -37,6 +37,8 @@ VARIABLES = {
     "the batch.",
     "SSMGEN_CHECK": "1: read the index tables back before every launch and raise an error for a "
     "value that is not allowed. Waits for the GPU: for finding faults, not for serving.",
+    "SSMGEN_DEBUG": "1: a StatePool fills freed slots with NaN, and notes on the device, without "
+    "waiting for it, every slot that a step uses wrongly; StatePool.check() raises it.",
 }
 
 
@@ -54,6 +56,7 @@ class Settings:
     interpret: bool
     batch_invariant: bool
     check: bool
+    debug: bool
 
 
 def _flag(name: str) -> bool:
@@ -133,6 +136,7 @@ def settings() -> Settings:
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
             check=_flag("SSMGEN_CHECK"),
+            debug=_flag("SSMGEN_DEBUG"),
         )
         _memo = memo = (stamp, parsed)
     return memo[1]

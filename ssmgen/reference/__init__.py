@@ -5,6 +5,7 @@ It runs on any device, is what the ops run on CPU tensors, and is what kernels a
 
 from __future__ import annotations
 
+from .conv1d import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
 from .gdn import delta_gates, delta_step, gated_delta_rule_decode
 from .philox import philox4x32, random_bits
 from .rounding import PEAK, QMAX, dequantise, quantise, round_to
@@ -13,6 +14,9 @@ from .ssu import selective_state_update, ssu_step
 __all__ = [
     "PEAK",
     "QMAX",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "delta_gates",
     "delta_step",
     "dequantise",

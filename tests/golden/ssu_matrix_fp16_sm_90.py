@@ -15,6 +15,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+# As newer versions of Triton call them, and as 3.6 does.
+renamed = hasattr(async_copy, "async_load")
+async_load = async_copy.async_load if renamed else async_copy.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @gluon.jit
 def softplus(v):
@@ -214,10 +219,10 @@ def ssu_matrix(
     column = gl.arange(0, DSTATE, layout=gl.SliceLayout(0, COPY_TOKENS))
     B_shared = gl.allocate_shared_memory(gl.bfloat16, [8, DSTATE], SHARED_TOKENS)
     B_tokens = B_group + (token * B_token_stride)[:, None] + column[None, :]
-    async_copy.async_copy_global_to_shared(B_shared, B_tokens)
+    async_load(B_shared, B_tokens)
     C_shared = gl.allocate_shared_memory(gl.bfloat16, [8, DSTATE], SHARED_TOKENS)
     C_tokens = C_group + (token * C_token_stride)[:, None] + column[None, :]
-    async_copy.async_copy_global_to_shared(C_shared, C_tokens)
+    async_load(C_shared, C_tokens)
     async_copy.commit_group()
 
     row = gl.arange(0, 32, layout=gl.SliceLayout(1, ROWS))
@@ -244,8 +249,8 @@ def ssu_matrix(
     inside = (tile_row >= 0)[:, None] & (tile_column >= 0)[None, :]
     S_shared = gl.allocate_shared_memory(gl.float16, [32, DSTATE], SHARED_TILE)
     # Every other load is under way before the first of the state.
-    gl.thread_barrier()
-    async_copy.async_copy_global_to_shared(S_shared, tile + offsets, mask=inside & live)
+    barrier()
+    async_load(S_shared, tile + offsets, mask=inside & live)
     async_copy.commit_group()
 
     async_copy.wait_group(1)
@@ -322,13 +327,13 @@ def ssu_matrix(
 
     x_high, x_middle = two_terms(x_ * inflow[None, :])
     # Read again: with what the barrier lets go of, more programs fit.
-    gl.thread_barrier()
+    barrier()
     h = same(spread_rows(spread_columns(S_shared.load(TILE))), MMA).to(gl.float32)
     new = gl.zeros([32, DSTATE], gl.float32, layout=MMA)
     new = mma_v2(same(one_after_another(x_high, x_middle), LEFT), B_twice, new)
     new = (h * decay_last + new).to(gl.float16)
     # Out through shared memory: a store fills whole lines.
     S_shared.store(same(gather_columns(gather_rows(new)), TILE))
-    gl.thread_barrier()
+    barrier()
     tile = dst_pool + first * DSTATE
     gl.store(tile + offsets, S_shared.load(COPY_TILE), mask=inside & kept)

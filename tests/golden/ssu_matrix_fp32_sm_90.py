@@ -15,6 +15,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+# As newer versions of Triton call them, and as 3.6 does.
+renamed = hasattr(async_copy, "async_load")
+async_load = async_copy.async_load if renamed else async_copy.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @gluon.jit
 def softplus(v):
@@ -187,10 +192,10 @@ def ssu_matrix(
     column = gl.arange(0, DSTATE, layout=gl.SliceLayout(0, COPY_TOKENS))
     B_shared = gl.allocate_shared_memory(gl.bfloat16, [16, DSTATE], SHARED_TOKENS)
     B_tokens = B_group + (token * B_token_stride)[:, None] + column[None, :]
-    async_copy.async_copy_global_to_shared(B_shared, B_tokens)
+    async_load(B_shared, B_tokens)
     C_shared = gl.allocate_shared_memory(gl.bfloat16, [16, DSTATE], SHARED_TOKENS)
     C_tokens = C_group + (token * C_token_stride)[:, None] + column[None, :]
-    async_copy.async_copy_global_to_shared(C_shared, C_tokens)
+    async_load(C_shared, C_tokens)
     async_copy.commit_group()
 
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
@@ -213,8 +218,8 @@ def ssu_matrix(
     offsets = tile_row[:, None] * DSTATE + tile_column[None, :]
     S_shared = gl.allocate_shared_memory(gl.float32, [64, DSTATE], SHARED_TILE)
     # Every other load is under way before the first of the state.
-    gl.thread_barrier()
-    async_copy.async_copy_global_to_shared(S_shared, tile + offsets)
+    barrier()
+    async_load(S_shared, tile + offsets)
     async_copy.commit_group()
 
     async_copy.wait_group(1)
@@ -279,7 +284,7 @@ def ssu_matrix(
     x_high, x_middle, x_low = three_terms(x_ * inflow[None, :])
     x_low = one_after_another(x_low, gl.zeros_like(x_low))
     # Read again: with what the barrier lets go of, more programs fit.
-    gl.thread_barrier()
+    barrier()
     h = same(spread_rows(spread_columns(S_shared.load(TILE))), MMA).to(gl.float32)
     new = gl.zeros([64, DSTATE], gl.float32, layout=MMA)
     new = mma_v2(same(x_low, LEFT), B_twice, new)
@@ -287,5 +292,5 @@ def ssu_matrix(
     new = h * decay_last + new
     # Out through shared memory: a store fills whole lines.
     S_shared.store(same(gather_columns(gather_rows(new)), TILE))
-    gl.thread_barrier()
+    barrier()
     gl.store(tile + offsets, S_shared.load(COPY_TILE))
