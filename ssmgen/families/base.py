@@ -40,7 +40,9 @@ class Layout:
     """What a call needs besides its pointers; derived from shapes, strides and dtypes alone.
 
     ``scalars`` holds the integer arguments in ABI order. ``tensors`` names, in ABI order, the
-    tensors whose addresses are the pointer arguments.
+    tensors whose addresses are the pointer arguments. ``batch`` and ``nheads`` are what the grid is
+    made of, and their product what a dispatch table counts; without heads, a family counts what a
+    row's work is made of, such as channels.
     """
 
     config: KernelConfig

@@ -17,6 +17,7 @@ from test_ssu_compile import (
 )
 
 from ssmgen import Arch, KernelConfig
+from ssmgen.arch import KNOWN
 from ssmgen.families.gdn.config import ITEMSIZE
 from ssmgen.plan import dispatch
 
@@ -45,9 +46,12 @@ def assert_whole(found):
     assert found.wide_stores >= tile * config.stores
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+EVERY = [(arch, *STATES[i]) for arch in KNOWN for i in (0, 2)]
+EVERY += [("sm_90", *STATES[i]) for i in (1, 3, 4)]
+
+
 @pytest.mark.parametrize("order", LAYOUTS)
-@pytest.mark.parametrize(("state", "rounding"), STATES)
+@pytest.mark.parametrize(("arch", "state", "rounding"), EVERY)
 def test_every_plan_of_the_table_compiles_within_limits_and_moves_16_bytes(
     arch, state, rounding, order
 ):

@@ -39,6 +39,11 @@ GOLDEN = {
         "sm_90",
         {"family": "conv1d", "many": True, "seqlens_dtype": "int32", "accepted_dtype": "int32"},
     ),
+    "conv1d_rows_circular_sm_90": (
+        Plan(algorithm="simple", block_m=4, block_n=256, num_warps=1),
+        "sm_90",
+        {"family": "conv1d", "many": True, "counts_dtype": "int32", "index_dtype": None},
+    ),
     "conv1d_prefill_right_strided_sm_80": (
         Plan(algorithm="simple", block_m=16, block_n=256, num_warps=4),
         "sm_80",

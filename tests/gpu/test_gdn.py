@@ -285,6 +285,55 @@ def test_pdl_is_right_behind_a_kernel_that_signals_early(state, options):
     assert same(call["state"], want["state"])
 
 
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", ["flat", "interleaved"])
+def test_conv_and_gdn_as_a_chain_of_dependent_launches_give_the_same_bits(packing, state):
+    """In a graph of several steps, on one buffer between the two."""
+    H, HV, K, V, batch, steps = 16, 32, 128, 64, 4, 6
+    gen = torch.Generator("cuda").manual_seed(5)
+
+    def randn(*shape: int, dtype: Any = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, generator=gen, device="cuda").to(dtype)
+
+    width = 2 * H * K + HV * V
+    x = [randn(batch, width) for _ in range(steps)]
+    gates = [(randn(batch, HV), randn(batch, HV)) for _ in range(steps)]
+    weight, A_log, dt_bias = randn(width, 4), randn(HV, dtype=torch.float32) / 4, randn(HV)
+    conv, pool = randn(8, width, 3), randn(8, HV, V, K, dtype=getattr(torch, {
+        "fp32": "float32", "bf16": "bfloat16"}[state]))  # fmt: skip
+    slots = torch.tensor([6, 1, 3, 0], dtype=torch.int32, device="cuda")
+    found = []
+    for pdl in (False, True):
+        history, states = conv.clone(), pool.clone()
+        mixed = torch.empty_like(x[0])
+        outs = [torch.empty(batch, HV, V, dtype=torch.bfloat16, device="cuda") for _ in x]
+
+        def work(history=history, states=states, mixed=mixed, outs=outs, pdl=pdl) -> None:
+            for tokens, (a, b), out in zip(x, gates, outs):
+                ssmgen.causal_conv1d_update(
+                    tokens, history, weight, activation="silu", conv_state_indices=slots, out=mixed,
+                    pdl=pdl,
+                )  # fmt: skip
+                q, k, v = ssmgen.split_qkv(mixed, H, HV, K, V, packing)
+                ssmgen.gated_delta_rule_decode(
+                    states, q, k, v, A_log, a, dt_bias, b, out=out, state_batch_indices=slots,
+                    pdl=pdl,
+                )  # fmt: skip
+
+        work()
+        history.copy_(conv)
+        states.copy_(pool)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        graph.replay()
+        torch.cuda.synchronize()
+        found.append([history, states, *outs])
+    assert all(same(a, b) for a, b in zip(*found))
+    assert not same(found[0][1], pool)
+
+
 # Speculative serving
 
 

@@ -117,7 +117,8 @@ def test_the_aligned_kernel_is_taken_where_all_start_and_step_by_16_bytes():
     for options in ({}, {"pitch": 8}, {"gap": 8, "lead": 16}, {"order": "length"}):
         assert make_conv(**options).layout().config.aligned
     for options in ({"pitch": 3}, {"offset": 1}, {"gap": 4}, {"lead": 1}, {"dim": 20},
-                    {"weight_order": "channels"}, {"offset": 1, "order": "length"}):  # fmt: skip
+                    {"weight_order": "channels"}, {"offset": 1, "order": "length"},
+                    {"batch": 1, "dim": 20, "width": 2, "pitch": 4}):  # fmt: skip
         assert not make_conv(**options).layout().config.aligned
     for order in ("length", "loose"):
         assert not make_conv(order=order).layout().config.packed_channels
@@ -221,7 +222,7 @@ def test_new_columns_older_than_the_initial_states_are_zero():
 
 REFUSED = {
     "too many tokens": {"lengths": [1, 5, 2], "accepted": [1, 1, 1], "state_len": 6},
-    "too many accepted": {"lengths": [1, 2, 2], "accepted": [1, 6, 1], "state_len": 6},
+    "too many accepted": {"lengths": [1, 2, 2], "accepted": [1, 5, 1], "state_len": 6},
     "a negative count": {"lengths": [1, 2, 2], "counts": [0, -1, 3], "state_len": 6},
     "beyond x": {"lengths": [1, 2, 2]},
 }

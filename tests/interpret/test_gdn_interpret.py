@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from gdn_calls import KINDS, LAYOUTS, STATES, make, row_of, token_of, verify
-from gdn_serving import GdnServer, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import MUTATIONS, assert_close, assert_same_outputs
 from ssu_calls import raw, same
 
 from ssmgen import Plan
@@ -157,29 +155,3 @@ def test_an_overflowing_row_stays_its_own():
     assert out[3] == torch.inf
     assert out[[0, 1, 2, 4]].isfinite().all()
     assert call.interpreted()["state"][slot, 0, 3].eq(torch.inf).all()
-
-
-# Speculative serving
-
-
-SERVED = {"requests": 3, "rows": 2, "dim": 8, "dstate": 16, "steps": 3}
-
-
-@pytest.mark.parametrize("way", [{"plain": True}, {"keep": "buffered"}], ids=str)
-def test_speculation_changes_no_bit_of_what_is_accepted(way, monkeypatch):
-    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
-    server = GdnServer(drafts=2, **way, **SERVED)
-    close = exact(server)
-    found = server.run()
-    assert_same_outputs(found, GdnServer(drafts=0, **way, **SERVED).run())
-    assert_close(found, close, 1e-5)
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_simulation_fails_for_a_server_with_this_bug(mutation, monkeypatch):
-    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
-    wanted = GdnServer(drafts=0, plain=True, **SERVED).run()
-    with pytest.raises(AssertionError, match="outputs differ"):
-        assert_same_outputs(
-            GdnServer(drafts=2, plain=True, mutation=mutation, **SERVED).run(), wanted
-        )

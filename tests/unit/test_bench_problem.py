@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_configs import configs
 
+from ssmgen import launcher
+from ssmgen.arch import Arch
 from ssmgen.bench.grid import config_of
-from ssmgen.bench.problem import POOL_BYTES, make
+from ssmgen.bench.problem import POOL_BYTES, make, plan_of, planned
 from ssmgen.bench.problems.ssu import SsuProblem, groups, moved
 from ssmgen.errors import UnsupportedError
 from ssmgen.families import spec
@@ -117,6 +119,36 @@ def test_arguments_allocate_nothing_on_the_way_to_a_launch():
     for name, tensor in twice[0].items():
         if isinstance(tensor, torch.Tensor):
             assert tensor.data_ptr() == twice[1][name].data_ptr(), name
+
+
+@pytest.mark.parametrize("index_dtype", ["int64", None])
+def test_a_planned_launch_has_the_addresses_of_its_slot_set(index_dtype, monkeypatch):
+    config = SsuConfig(state_dtype="fp16", dim=16, dstate=32, index_dtype=index_dtype)
+    problem = make(config, 3, 2, device="cpu", pool_bytes=20_000)
+    plan = plan_of(problem, Arch.of("sm_90"))
+    made: list[Any] = []
+    launched: list[Any] = []
+
+    def kernel_launch(*arguments: Any) -> Any:
+        made.append(arguments)
+        return lambda *addresses: launched.append(addresses)
+
+    class Function:
+        device = 0
+
+    monkeypatch.setattr(launcher, "Launch", kernel_launch)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    run = planned(problem, Function(), plan)
+    for which in range(problem.sets):
+        run(which)
+    layout = spec("ssu").layout(**problem.arguments(0))
+    grid = spec("ssu").grid(config, plan, 3, 2)
+    assert [arguments[1:] for arguments in made] == [(grid, layout.scalars, False)]
+    assert problem.sets > 2
+    for which, addresses in enumerate(launched):
+        arguments = problem.arguments(which)
+        assert addresses == (7, *(arguments[name].data_ptr() for name in layout.tensors))
+    assert len(set(launched)) == problem.sets
 
 
 def test_a_family_without_problems_is_an_error_that_names_it():

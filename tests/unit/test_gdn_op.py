@@ -104,6 +104,13 @@ def test_what_no_kernel_can_tell_raises_when_checked(monkeypatch):
         run(call)
 
 
+def test_snapshots_by_row_need_no_entry_for_each_slot_when_checked(monkeypatch):
+    call = make(indices=[7, 8, 9], buffer=1, buffer_entries=3, H=1, HV=2, V=8)
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    monkeypatch.setenv("SSMGEN_CHECK", "1")
+    verify(call, run(call))
+
+
 # What is refused, with which error, before anything is written
 
 
@@ -229,6 +236,12 @@ def test_flat_views_have_the_kernel_of_packed_tensors_and_interleaved_ones_their
     assert not flat.grouped
     assert flat.replace(aligned=True) == separate
     assert make(packing="interleaved").layout().config.grouped
+    # Heads in groups that step alike are heads in a row.
+    call = make(H=2, HV=6, tokens=2)
+    wanted = call.layout()
+    for name in ("v", "a", "b"):
+        call.tensors[name] = call[name].unflatten(2, (2, 3))
+    assert call.layout() == wanted
     # One value head for each key head, or one key head: nothing to tell apart.
     for heads in ({"H": 2, "HV": 2}, {"H": 1, "HV": 4}):
         assert not make(packing="interleaved", **heads).layout().config.grouped

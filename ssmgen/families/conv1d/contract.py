@@ -4,13 +4,25 @@ fakes, the kernel handle and the reference.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 
 from ...config import dtype_name
-from ...errors import ArgumentTypeError, ArgumentValueError, DeviceError
+from ...errors import ArgumentTypeError
 from ..base import Layout
+from ..contract import (
+    MAX_BATCH,
+    allow_dtypes,
+    check_devices,
+    check_given,
+    check_memory,
+    check_pad,
+    check_plain,
+    check_switches,
+    dtype_of,
+    fail,
+)
 from .config import FLOATS, MAX_DEPTH, Conv1dConfig
 
 __all__ = ["ABI_TENSORS", "ALIGNABLE", "ALIGNMENTS", "check_dtypes", "layout", "normalise"]
@@ -35,14 +47,7 @@ ALIGNABLE = ("x", "conv_state", "initial_states", "weight", "bias", "out")
 ALIGNMENTS = ("left", "right", "circular")
 ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
-MAX_BATCH = 65535
-
 Tensors = dict[str, torch.Tensor]
-
-
-def fail(name: str, found: Any, allowed: str) -> None:
-    """Raise the `ArgumentValueError` all arguments share."""
-    raise ArgumentValueError(f"{name}: found {found}; allowed: {allowed}")
 
 
 def normalise(tensors: Tensors, *, prefill: bool) -> Tensors:
@@ -84,12 +89,7 @@ def check(
 ) -> Conv1dConfig:
     """Check normalised arguments; the config they ask for. Reads no tensor data."""
     x, weight = tensors["x"], tensors["weight"]
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided:
-            raise ArgumentTypeError(f"{name}: found layout {tensor.layout}; allowed: strided")
-        if tensor.is_neg() or tensor.is_conj():
-            fail(name, "a lazily negated view", "a tensor whose memory holds its values; use "
-                 ".resolve_neg()")  # fmt: skip
+    check_plain(tensors)
     if weight.dim() != 2 or not 2 <= weight.shape[1] <= 6:
         fail("weight", f"shape {tuple(weight.shape)}", "(dim, width) with a width of 2 to 6")
     width, dim = weight.shape[1], x.shape[-1]
@@ -116,13 +116,7 @@ def check(
     depth = _window(tensors, batch, dim, width, alignment, prefill)
     check_dtypes(tensors)
     _check_strides(tensors)
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise DeviceError(f"{name}: on {tensor.device}; allowed: {x.device}, as x")
-
-    def dtype_of(name: str) -> str | None:
-        return dtype_name(tensors[name].dtype) if name in tensors else None
-
+    check_devices(tensors, "x")
     initial = "initial_states" in tensors
     pool = "conv_state" in tensors
     past = not prefill or "has_initial_state" in tensors
@@ -130,8 +124,8 @@ def check(
     return Conv1dConfig(
         dtype=dtype_name(x.dtype),
         weight_dtype=dtype_name(weight.dtype),
-        state_dtype=dtype_of("initial_states" if initial else "conv_state"),
-        index_dtype=dtype_of("conv_state_indices"),
+        state_dtype=dtype_of(tensors, "initial_states" if initial else "conv_state"),
+        index_dtype=dtype_of(tensors, "conv_state_indices"),
         width=width,
         depth=depth,
         has_bias="bias" in tensors,
@@ -142,9 +136,9 @@ def check(
         has_dst="dst_state_indices" in tensors,
         many=prefill or seqlens is not None or x.dim() == 3,
         prefill=prefill,
-        seqlens_dtype=dtype_of("query_start_loc"),
-        accepted_dtype=dtype_of("num_accepted_tokens"),
-        counts_dtype=dtype_of("cache_seqlens"),
+        seqlens_dtype=dtype_of(tensors, "query_start_loc"),
+        accepted_dtype=dtype_of(tensors, "num_accepted_tokens"),
+        counts_dtype=dtype_of(tensors, "cache_seqlens"),
         packed_channels=packed,
         aligned=_aligned(tensors, packed),
         pdl=pdl,
@@ -206,24 +200,14 @@ def _window(
 
 
 def check_dtypes(tensors: Tensors) -> None:
-    def allow(name: str, allowed: tuple[str, ...], why: str = "") -> None:
-        if name in tensors:
-            found = str(tensors[name].dtype).removeprefix("torch.")
-            try:
-                known = dtype_name(found) in allowed
-            except ValueError:
-                known = False
-            if not known:
-                names = ", ".join(dict.fromkeys(allowed))
-                raise ArgumentTypeError(f"{name}: found dtype {found}; allowed: {names}{why}")
-
+    allow = functools.partial(allow_dtypes, tensors)
     allow("x", FLOATS)
     io = dtype_name(tensors["x"].dtype)
     allow("out", (io,), " (that of x)")
     allow("weight", FLOATS)
     allow("bias", (dtype_name(tensors["weight"].dtype),), " (that of weight)")
     for name in ("conv_state", "initial_states"):
-        allow(name, (io, "fp32"), ": what is stored must be the input itself")
+        allow(name, tuple(dict.fromkeys((io, "fp32"))), ": what is stored must be the input itself")
     if "conv_state" in tensors:
         state = dtype_name(tensors["conv_state"].dtype)
         allow("initial_states", (state,), " (that of conv_state)")
@@ -242,27 +226,11 @@ def _check_strides(tensors: Tensors) -> None:
     seqlens = tensors.get("query_start_loc")
     if seqlens is not None and len(seqlens) > 1 and seqlens.stride(0) != 1:
         fail("query_start_loc", f"strides {seqlens.stride()}", "a stride of 1")
-    for name, tensor in tensors.items():
-        strides, shape = tensor.stride(), tensor.shape
-        if any(s < 0 for s in strides):
-            fail(name, f"strides {strides}", "no negative stride")
-        inner = slice(1 if name == "conv_state" else 0, None)
-        span = sum(s * (n - 1) for s, n in zip(strides[inner], shape[inner]) if n)
+    check_memory(tensors, ("conv_state",), ("out", "conv_state"))
+    if (state := tensors.get("conv_state")) is not None:
+        span = sum(s * (n - 1) for s, n in zip(state.stride()[1:], state.shape[1:]))
         if span >= 2**31:
-            fail(name, f"strides {strides}", "a span below 2^31 elements")
-        if name in ("out", "conv_state") and _overlaps_itself(tensor):
-            fail(name, f"strides {strides}", "elements that share no memory")
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one address, by the axes from the innermost out."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+            fail("conv_state", f"strides {state.stride()}", "slots that span below 2^31 elements")
 
 
 def _packed_channels(tensors: Tensors) -> bool:
@@ -308,26 +276,14 @@ def layout(
     With `prefill` they are those of `causal_conv1d_fn`, whose conv_states and cache_indices are
     called conv_state and conv_state_indices here as well.
     """
-    for name in arguments:
-        if name not in ABI_TENSORS:
-            raise ArgumentTypeError(f"{name}: not an argument; allowed: {', '.join(ABI_TENSORS)}")
-    given = {n: arguments[n] for n in ABI_TENSORS if arguments.get(n) is not None}
-    for name in ("x", "weight", "out", *(() if prefill else ("conv_state",))):
-        if name not in given:
-            raise ArgumentTypeError(f"{name}: missing")
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")
-    for name, switch in (("pdl", pdl), ("prefill", prefill)):
-        if not isinstance(switch, bool):
-            raise ArgumentTypeError(f"{name}: found {switch!r}; allowed: True, False")
-    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int):
-        raise ArgumentTypeError(f"pad_slot_id: found {pad_slot_id!r}; allowed: an int")
-    if not -(2**63) <= pad_slot_id < 2**63:
-        fail("pad_slot_id", pad_slot_id, "an int64")
+    required = ("x", "weight", "out", *(() if prefill else ("conv_state",)))
+    found = check_given(arguments, ABI_TENSORS, required)
+    given = {name: found[name] for name in ABI_TENSORS if name in found}
+    check_switches(pdl=pdl, prefill=prefill)
+    check_pad(pad_slot_id)
     if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
         fail("activation", repr(activation), ", ".join(map(str, ACTIVATIONS)))
-    views = normalise(given, prefill=prefill)  # type: ignore[arg-type]
+    views = normalise(given, prefill=prefill)
     config = check(views, activation=activation, alignment=alignment, pdl=pdl, prefill=prefill)
     x = views["x"]
     rows = len(views["query_start_loc"]) - 1 if config.seqlens_dtype else x.shape[0]

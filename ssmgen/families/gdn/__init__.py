@@ -126,7 +126,7 @@ class Gdn(Family):
         # A thread below one 16-byte vector only adds idle lanes.
         vector = 16 // ITEMSIZE[config.state_dtype]
         warps = max(1, plan.num_warps * block_m // wanted)
-        # Above 64 elements a thread the state and its products spill.
+        # With more than 128 elements a thread the state leaves no registers for its products.
         warps = max(warps, block_m * block_n // (32 * 128))
         warps = max(1, min(warps, block_m * block_n // (32 * vector)))
         return Plan(
