@@ -84,8 +84,8 @@ class Family(ABC):
     def candidates(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
         """Plans worth timing, written as in a dispatch table; those that do not fit are left out.
 
-        By default: simple tiles of 4 to 64 rows in 1 to 8 warps, the new state first to leave the L2
-        or not.
+        By default: simple tiles of 4 to 64 rows in 1 to 8 warps, the new state first to leave the
+        L2 or not.
         """
         from ..plan import Plan
 

@@ -74,9 +74,14 @@ def shortlist(config: SsuConfig) -> list[Plan]:
         return Plan(algorithm=algorithm, block_m=rows, block_n=COLUMNS, num_warps=warps,
                     evict_first=not config.many, **more)  # type: ignore[arg-type]  # fmt: skip
 
-    avoid = () if config.many else AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
-    # What a loop over tokens keeps beside a tile leaves registers for 32 elements a thread.
+    avoid: tuple[tuple[int, ...], ...] = ()
+    if not config.many:
+        avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
+    # What a loop over tokens keeps beside a tile leaves registers for 32 elements a thread; of those
+    # ptxas spills a few bytes of one tile for sm_80.
     full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
+    if full:
+        avoid = ((16, 4),)
     found = [
         plan("simple", rows, warps)
         for rows, warps in SIMPLE
