@@ -77,16 +77,10 @@ def shortlist(config: SsuConfig) -> list[Plan]:
     avoid: tuple[tuple[int, ...], ...] = ()
     if not config.many:
         avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
-    # What a loop over tokens keeps beside a tile leaves registers for 32 elements a thread; of those
-    # ptxas spills a few bytes of one tile for sm_80.
+    # With what a loop over tokens keeps beside them larger tiles spill, on one GPU or another.
     full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
-    if full:
-        avoid = ((16, 4),)
-    found = [
-        plan("simple", rows, warps)
-        for rows, warps in SIMPLE
-        if (rows, warps) not in avoid and not (full and rows > 8 * warps)
-    ]
+    tiles = SIMPLE[:2] if full else SIMPLE
+    found = [plan("simple", *tile) for tile in tiles if tile not in avoid]
     if config.many:
         forms: tuple[tuple[int, int, int | None], ...]
         forms = MATRIX_8 if config.ntokens <= 8 else MATRIX_16
