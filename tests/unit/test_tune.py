@@ -310,7 +310,8 @@ def test_a_journal_of_another_driver_is_refused(tmp_path):
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     run(FakeRig(secretly(BEST)), tmp_path)
     path = tmp_path / "sm_90.journal"
-    path.write_bytes(path.read_bytes()[:-20])
+    # Longer than the line that will stand there.
+    path.write_bytes(path.read_bytes()[:-20] + b" " * 50_000)
     report = run(FakeRig(secretly(BEST)), tmp_path)
     assert report.measured == 1
     assert not report.missing

@@ -77,9 +77,9 @@ def shortlist(config: SsuConfig) -> list[Plan]:
     avoid: tuple[tuple[int, ...], ...] = ()
     if not config.many:
         avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
-    # With what a loop over tokens keeps beside them larger tiles spill, on one GPU or another.
+    # With what a loop over tokens keeps beside them other tiles spill, on one GPU or another.
     full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
-    tiles = SIMPLE[:2] if full else SIMPLE
+    tiles = ((8, 1), (16, 2)) if full else SIMPLE
     found = [plan("simple", *tile) for tile in tiles if tile not in avoid]
     if config.many:
         forms: tuple[tuple[int, int, int | None], ...]
