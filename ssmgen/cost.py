@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arch import Arch
 
-__all__ = ["CONSTANTS", "MACHINES", "Constants", "Machine", "Work", "estimate", "resident"]
+__all__ = [
+    "CONSTANTS",
+    "FITTED",
+    "MACHINES",
+    "Constants",
+    "Machine",
+    "Work",
+    "estimate",
+    "resident",
+]
+
+# The architecture of the GPU whose times the constants were found from.
+FITTED = 90
 
 # Registers of a multiprocessor: 64K of 32 bits, on every architecture here.
 REGISTERS = 65536

@@ -15,7 +15,7 @@ from . import tables
 from .arch import Arch
 from .buckets import between, cover
 from .config import ALGORITHMS, KernelConfig, plain, shown
-from .cost import estimate
+from .cost import FITTED, estimate
 from .errors import ConfigError
 from .families import Family, spec
 from .settings import settings
@@ -94,8 +94,9 @@ class Choice:
     why: str
 
 
-# What the cost model is trusted to tell apart.
-TRUST = 0.005
+# What the cost model is trusted to tell apart: where its constants were measured, and elsewhere,
+# where a smaller estimated gain is not worth one more kernel to compile.
+TRUST, TRUST_ELSEWHERE = 0.005, 0.02
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:
@@ -166,7 +167,8 @@ def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[in
     sizes = [family.limit(config, size) for size in family.sizes]
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: cost(size) for i, cost in enumerate(costs)} for size in sizes]
-    chosen = [listed[i] for i in cover(cells, TRUST)]
+    trust = TRUST if arch.cc == FITTED else TRUST_ELSEWHERE
+    chosen = [listed[i] for i in cover(cells, trust)]
     found: list[tuple[int | None, Plan]] = [
         (between(low, high), plan)
         for low, high, plan, after in zip(sizes, sizes[1:], chosen, chosen[1:])
