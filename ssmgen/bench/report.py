@@ -177,7 +177,11 @@ def line(cell: Cell) -> str:
 def _title(named: dict[str, Any]) -> str:
     if "axis" in named:
         return f"{named['axis']}, {named['state']} state"
+    if "heads" not in named:
+        return f"{named['dim']} channels"
     title = f"{named['heads']} heads"
+    if "k_heads" in named:
+        return f"{named['k_heads']} key heads, {named['heads']} value heads"
     if named.get("dim", 64) != 64:
         title += f", dim {named['dim']}"
     return title + (f", {named['writes']}" if "writes" in named else "")

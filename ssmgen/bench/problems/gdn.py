@@ -15,6 +15,7 @@ from ...families.gdn.config import ITEMSIZE, GdnConfig
 from ...families.gdn.packing import split_qkv
 from ...reference.gdn import delta_gates, delta_step
 from ...reference.tables import Rows, read_tables
+from ..grid import key_heads
 from ..problem import POOL_BYTES
 from ._inputs import DTYPES, SlotProblem, integers_of
 
@@ -40,11 +41,6 @@ SWITCHES = {
     "algorithm": "auto",
     "pdl": False,
 }
-
-
-def key_heads(nheads: int) -> int:
-    """A key head for every two value heads, as Qwen3-Next has it; else one for each."""
-    return nheads if nheads % 2 else nheads // 2
 
 
 def moved(config: GdnConfig, batch: int, nheads: int, k_heads: int) -> int:
