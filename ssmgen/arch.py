@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .config import plain, shown
 from .errors import ConfigError, DeviceError
 
-__all__ = ["KNOWN", "Arch"]
+__all__ = ["KNOWN", "Arch", "gpu_name"]
 
 KNOWN = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 
@@ -76,6 +76,14 @@ class Arch:
     def shared_memory(self) -> int:
         """Bytes of shared memory one program may have."""
         return {80: 163, 86: 99, 89: 99, 120: 99, 121: 99}.get(self.cc, 227) * 1024
+
+
+@functools.cache
+def gpu_name(device: int | None) -> str:
+    """What the driver calls a CUDA device (None: the current one): ``NVIDIA H200``."""
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from . import compiler, policy
-from .arch import Arch
+from .arch import Arch, gpu_name
 from .artifact import Artifact
 from .config import KernelConfig
 from .errors import ArgumentValueError, ConfigTypeError, DeviceError, StoreError
@@ -119,7 +119,7 @@ class Kernel:
         self.config = config
         self.arch = arch
         self.device = device
-        choices = dispatch(config, arch)
+        choices = dispatch(config, arch, None if device is None else gpu_name(device))
         artifacts = {
             plan: build(config, plan, arch) for plan in dict.fromkeys(c.plan for c in choices)
         }
@@ -218,8 +218,9 @@ def get_kernel(
 ) -> Kernel:
     """The kernel of a config, compiled or from the store.
 
-    Without `arch` it is for the current CUDA device (or `device`), loaded and ready to launch.
-    With `arch` (``"sm_90"``) it is compiled only, which needs no GPU. The same call gives the same
+    Without `arch` it is for the current CUDA device (or `device`), loaded and ready to launch, its
+    plans those measured on that GPU if any were. With `arch` (``"sm_90"``) it is compiled only,
+    which needs no GPU. The same call gives the same
     object. Raises `ConfigError`, `CompileError`, `DeviceError`, `StoreError`.
     """
     if not isinstance(config, KernelConfig):

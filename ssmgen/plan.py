@@ -1,25 +1,26 @@
 """Plan: how one kernel is built on one architecture; and dispatch, which chooses plans.
 
-Dispatch reads ``cache/dispatch/<family>.json``. A plan there is written for the family's reference
-shape; the family fits it to the config at hand.
+Dispatch looks for a table (`ssmgen.tables`); where there is none it asks the cost model. A plan in
+a table is written for the family's reference shape; the family fits it to the config at hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from . import resources
+from . import tables
 from .arch import Arch
+from .buckets import between, cover
 from .config import ALGORITHMS, KernelConfig, plain, shown
+from .cost import estimate
 from .errors import ConfigError
-from .families import spec
+from .families import Family, spec
 from .settings import settings
 
-__all__ = ["Choice", "Plan", "dispatch"]
+__all__ = ["Choice", "Plan", "dispatch", "fitted", "variants"]
 
 # Elements of the largest tile that Triton makes; nothing that a plan counts is larger.
 LARGEST = 2**20
@@ -93,45 +94,82 @@ class Choice:
     why: str
 
 
-def dispatch(config: KernelConfig, arch: Arch) -> tuple[Choice, ...]:
+# What the cost model is trusted to tell apart.
+TRUST = 0.005
+
+
+def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:
     """The plans that serve `config` on `arch`, by rising limit; the last has none.
 
-    Raises `ConfigError` if the config forces an algorithm that cannot serve it.
+    They are those of the table of `gpu` (a device's name), else of another GPU of `arch`, else
+    those of least estimated cost. Raises `ConfigError` if the config forces an algorithm that
+    cannot serve it, or if a table is malformed.
     """
     family = spec(config.family)
-    table = _table(config.family)
     algorithm = config.algorithm
-    where, rows = _rows(table["auto"], family.dispatch_keys(config), arch)
-    why = f"table {where}"
-    if algorithm != "auto":
-        rows = [row for row in rows if row["plan"]["algorithm"] == algorithm]
-        why = f"forced, tile from table {where}"
-        if not rows:
-            rows = [{"plan": table["default"][algorithm]}]
-            why = "forced, default tile"
+    forced = "" if algorithm == "auto" else "forced, tile from "
+    found: list[tuple[int | None, Plan]] = []
+    why = f"{forced}cost model"
+    if table := tables.find(config.family, family.dispatch_keys(config), arch, gpu):
+        rows = [row for row in table.rows if algorithm in ("auto", row.plan.algorithm)]
+        if rows:
+            why = f"{forced}table {table.name}"
+        for row in rows:
+            limit = None if row.limit is None else family.limit(config, row.limit)
+            found.append((limit, family.fit(config, row.plan, arch)))
+    found = found or _modelled(family, config, arch)
     if config.batch_invariant or settings().batch_invariant:
-        rows = rows[-1:]
+        found = found[-1:]
         why += ", batch-invariant"
 
     choices: list[Choice] = []
-    for row in rows:
-        plan = family.fit(config, Plan(**row["plan"]), arch)
-        limit = row.get("up_to_heads")
-        limit = None if limit is None or row is rows[-1] else family.limit(config, limit)
+    for i, (limit, plan) in enumerate(found):
         if choices and choices[-1].plan == plan:
             choices.pop()
-        choices.append(Choice(limit, plan, why))
+        choices.append(Choice(None if i + 1 == len(found) else limit, plan, why))
     return tuple(choices)
 
 
-def _rows(auto: dict[str, Any], keys: tuple[str, ...], arch: Arch) -> tuple[str, list[Any]]:
-    for name in (str(arch), f"sm_{arch.cc // 10 * 10}", "default"):
-        for key in keys:
-            if key in auto.get(name, {}):
-                return f"{name}/{key}", auto[name][key]
-    raise ConfigError(f"algorithm: the dispatch table has no entry for {' or '.join(keys)}")
+def variants(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Plan, ...]:
+    """The distinct plans that dispatch may choose on `gpu`, or on any GPU of `arch`."""
+    named = (gpu,) if gpu is not None else (None, *tables.gpus(config.family, arch))
+    choices = (choice for name in named for choice in dispatch(config, arch, name))
+    return tuple(dict.fromkeys(choice.plan for choice in choices))
 
 
-@functools.cache
-def _table(family: str) -> dict[str, Any]:
-    return json.loads((resources.root() / "cache" / "dispatch" / f"{family}.json").read_text())
+def fitted(config: KernelConfig, arch: Arch, plans: Iterable[Plan]) -> dict[Plan, Plan]:
+    """Of `plans`, written for the reference shape, those that serve `config` in its algorithm: the
+    distinct plans they become, each with the first it came from."""
+    family = spec(config.family)
+    found: dict[Plan, Plan] = {}
+    refused: ConfigError | None = None
+    for wanted in plans:
+        if config.algorithm in ("auto", wanted.algorithm):
+            try:
+                found.setdefault(family.fit(config, wanted, arch), wanted)
+            except ConfigError as error:
+                refused = error
+    if not found:
+        raise refused or ConfigError(
+            f"algorithm: {config.algorithm!r} is none that {config.family} has a plan for"
+        )
+    return found
+
+
+def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
+    """Buckets of the plans of least estimated cost."""
+    plans = fitted(config, arch, family.shortlist(config, arch))
+    if len(plans) == 1:
+        return [(None, plan) for plan in plans]
+    listed = [*plans]
+    costs = [estimate(family.work(config, plan), arch) for plan in listed]
+    sizes = [family.limit(config, size) for size in family.sizes]
+    # By number: to hash a plan takes longer than to cost it.
+    cells = [{i: cost(size) for i, cost in enumerate(costs)} for size in sizes]
+    chosen = [listed[i] for i in cover(cells, TRUST)]
+    found: list[tuple[int | None, Plan]] = [
+        (between(low, high), plan)
+        for low, high, plan, after in zip(sizes, sizes[1:], chosen, chosen[1:])
+        if plan != after
+    ]
+    return [*found, (None, chosen[-1])]

@@ -40,10 +40,10 @@ from .arch import Arch
 from .artifact import Artifact
 from .config import KernelConfig
 from .errors import CompileError, ConfigError, SsmgenError, StoreError
-from .plan import Plan, dispatch
+from .plan import Plan, variants
 from .store import Store, user_store
 
-__all__ = ["DaskExecutor", "Event", "Job", "Report", "cores", "expand", "prewarm"]
+__all__ = ["DaskExecutor", "Event", "Job", "Report", "compile_jobs", "cores", "expand", "prewarm"]
 
 log = logging.getLogger("ssmgen")
 
@@ -69,13 +69,14 @@ def _what(config: KernelConfig) -> str:
     return " ".join((config.family, *given))
 
 
-def expand(pairs: Iterable[tuple[KernelConfig, Arch]]) -> list[Job]:
-    """The distinct kernels that dispatch may ask for, for each config and architecture."""
+def expand(pairs: Iterable[tuple[KernelConfig, Arch]], gpu: str | None = None) -> list[Job]:
+    """The distinct kernels that dispatch may ask for, for each config and architecture: on the GPU
+    of that name, else on any GPU of the architecture."""
     jobs: dict[str, Job] = {}
     for config, arch in pairs:
-        for choice in dispatch(config, arch):
-            key = template.key(config, choice.plan, arch)
-            jobs.setdefault(key, Job(config, choice.plan, arch, key))
+        for plan in variants(config, arch, gpu):
+            key = template.key(config, plan, arch)
+            jobs.setdefault(key, Job(config, plan, arch, key))
     return list(jobs.values())
 
 
@@ -122,17 +123,30 @@ def cores() -> int:
 def prewarm(
     jobs: Iterable[tuple[KernelConfig, Arch]],
     *,
+    gpu: str | None = None,
     executor: Executor | None = None,
     workers: int | None = None,
     progress: Callable[[Event], None] | None = None,
 ) -> Report:
     """Compile what the user store does not have yet, and publish it there.
 
-    `jobs` are pairs of config and architecture. Without `executor` a pool of `workers` processes
-    is used, one a core by default. A kernel that fails is in the report and stops no other. It
-    compiles under ``SSMGEN_JIT=deny`` too: to call it is to ask for it. A script must call it
-    under ``if __name__ == "__main__"``. Raises `StoreError` if no store can be written.
+    `jobs` are pairs of config and architecture. With `gpu`, a device's name, only what that one
+    needs; else what any GPU of the architecture may. Without `executor` a pool of `workers`
+    processes is used, one a core by default. A kernel that fails is in the report and stops no
+    other. It compiles under ``SSMGEN_JIT=deny`` too: to call it is to ask for it. A script must
+    call it under ``if __name__ == "__main__"``. Raises `StoreError` if no store can be written.
     """
+    return compile_jobs(expand(jobs, gpu), executor=executor, workers=workers, progress=progress)
+
+
+def compile_jobs(
+    jobs: list[Job],
+    *,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    progress: Callable[[Event], None] | None = None,
+) -> Report:
+    """`prewarm` for kernels whose plans are chosen already."""
     store = user_store()
     if store is None:
         raise StoreError(
@@ -140,7 +154,7 @@ def prewarm(
         )
     if executor is None and compiler.toolchain() is None:
         raise StoreError("prewarm: there is no Triton here to compile with; install triton")
-    run = _Run(store, expand(jobs), progress or (lambda event: None))
+    run = _Run(store, jobs, progress or (lambda event: None))
     start = time.perf_counter()
     todo = run.missing()
     if todo and executor is None:

@@ -35,6 +35,8 @@ VARIABLES = {
     "instead of the PyTorch reference.",
     "SSMGEN_BATCH_INVARIANT": "1: one plan for every batch size, so that results never depend on "
     "the batch.",
+    "SSMGEN_TUNED_PATH": "Folders of dispatch tables that `ssmgen tune` wrote, looked at before "
+    "those that ship; separated like PATH.",
     "SSMGEN_CHECK": "1: read the index tables back before every launch and raise an error for a "
     "value that is not allowed. Waits for the GPU: for finding faults, not for serving.",
     "SSMGEN_DEBUG": "1: a StatePool fills freed slots with NaN, and notes on the device, without "
@@ -55,6 +57,7 @@ class Settings:
     jit: bool
     interpret: bool
     batch_invariant: bool
+    tuned_path: tuple[Path, ...]
     check: bool
     debug: bool
 
@@ -135,6 +138,7 @@ def settings() -> Settings:
             jit=_jit(),
             interpret=_flag("SSMGEN_INTERPRET"),
             batch_invariant=_flag("SSMGEN_BATCH_INVARIANT"),
+            tuned_path=_paths("SSMGEN_TUNED_PATH"),
             check=_flag("SSMGEN_CHECK"),
             debug=_flag("SSMGEN_DEBUG"),
         )

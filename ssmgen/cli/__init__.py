@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from ..errors import SsmgenError
-from . import bench, cache, demo, doctor, prewarm, render
+from . import bench, cache, demo, doctor, prewarm, render, tune
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(render.render)
 app.command()(prewarm.prewarm)
+app.command()(tune.tune)
 app.add_typer(cache.app, name="cache")
 app.command()(doctor.doctor)
 app.command()(bench.bench)
@@ -49,7 +50,8 @@ def _root(
 
     Start with **ssmgen demo**. **ssmgen render '{}'** prints the kernel of the default config,
     **ssmgen prewarm** fills the store before the first request, **ssmgen cache** shows what is in
-    it, **ssmgen doctor** says what is wrong with this host, **ssmgen bench** how fast it is.
+    it, **ssmgen doctor** says what is wrong with this host, **ssmgen bench** how fast it is, and
+    **ssmgen tune** finds faster plans on it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

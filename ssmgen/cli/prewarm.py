@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..config import KernelConfig
     from ..prewarm import DaskExecutor, Event, Job, Report
 
-__all__ = ["prewarm"]
+__all__ = ["configs_of", "prewarm", "writable"]
 
 
 def prewarm(
@@ -48,6 +48,14 @@ def prewarm(
         list[str] | None,
         typer.Option(
             help="Architecture to compile for; repeat it for more. Left out: that of the GPU here."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only what this GPU needs, by the name its driver gives (NVIDIA H200). Left out: "
+            "what any GPU of the architecture may need.",
         ),
     ] = None,
     jobs: Annotated[
@@ -98,11 +106,11 @@ def prewarm(
         _list_models(as_json)
         return
     try:
-        configs = _configs(manifest or [], model or [], config or [])
+        configs = configs_of(manifest or [], model or [], config or [])
         pairs = [(c, a) for a in _archs(arch or []) for c in configs]
         if not dry_run:
-            _writable(report)
-        wanted = expand(pairs)
+            writable(report)
+        wanted = expand(pairs, gpu)
     except SsmgenError as error:
         raise typer.BadParameter(str(error)) from None
     if dry_run:
@@ -112,7 +120,7 @@ def prewarm(
     cluster = None if executor is None else _connect(executor)
     try:
         with _display(console) as progress:
-            result = compile_all(pairs, executor=cluster, workers=jobs, progress=progress)
+            result = compile_all(pairs, gpu=gpu, executor=cluster, workers=jobs, progress=progress)
     except KeyboardInterrupt:
         console.print("Interrupted. What was built is in the store; the same command goes on.")
         raise typer.Exit(130) from None
@@ -128,14 +136,18 @@ def prewarm(
         raise typer.Exit(1)
 
 
-def _configs(manifests: list[str], models: list[str], texts: list[str]) -> list[KernelConfig]:
-    from ..manifest import find, read
+def configs_of(
+    manifests: list[str], models: list[str], texts: list[str], every: bool = False
+) -> list[KernelConfig]:
+    """The distinct configs that arguments name; with `every`, also those that ship."""
+    from ..manifest import find, read, shipped
 
-    if not (manifests or models or texts):
-        raise typer.BadParameter("nothing to compile; give a MANIFEST, --model or --config")
+    if not (manifests or models or texts or every):
+        raise typer.BadParameter("nothing to do; give a MANIFEST, --model or --config")
     found = [config for path in manifests for config in read(path).configs]
     found += [config for name in models for config in find(name).configs]
     found += [read_config(text) for text in texts]
+    found += [config for one in (shipped() if every else ()) for config in one.configs]
     return list(dict.fromkeys(found))
 
 
@@ -164,7 +176,7 @@ def _connect(url: str) -> DaskExecutor:
         raise typer.BadParameter(str(error)) from None
 
 
-def _writable(report: str | None) -> None:
+def writable(report: str | None) -> None:
     """Find out before an hour of compiling that its report cannot be written."""
     if report is not None:
         try:

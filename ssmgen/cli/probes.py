@@ -104,16 +104,16 @@ def gpus(facts: Facts, note: Note) -> None:
             note("problem", f"GPU {index}, {properties.name}: {error}", "use another GPU")
             continue
         gpu["arch"] = str(arch)
-        gpu["measured"] = {family: _measured(family, arch) for family in names()}
+        gpu["measured"] = {family: _measured(family, arch, properties.name) for family in names()}
         for family, measured in gpu["measured"].items():
             if measured:
                 note("ok", f"GPU {index}: {family} has a dispatch table measured on {arch}")
             else:
                 note(
                     "note",
-                    f"GPU {index}: {family} has no dispatch table for {arch}: plans are the "
-                    "default ones, right but perhaps slower",
-                    "nothing needs to be done; force another algorithm in the config to compare",
+                    f"GPU {index}: {family} has no dispatch table for {arch}: plans are those of "
+                    "a cost model, right but perhaps slower",
+                    "nothing needs to be done; ssmgen tune measures better ones",
                 )
 
 
@@ -126,11 +126,11 @@ def _driver() -> str | None:
     return found[0] if found else None
 
 
-def _measured(family: str, arch: Arch) -> bool:
+def _measured(family: str, arch: Arch, gpu: str) -> bool:
     from ..config import KernelConfig
     from ..plan import dispatch
 
-    return "table default/" not in dispatch(KernelConfig(family=family), arch)[-1].why
+    return "cost model" not in dispatch(KernelConfig(family=family), arch, gpu)[-1].why
 
 
 def settings(facts: Facts, note: Note) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import typer
 
-from ..arch import Arch
+from ..arch import Arch, gpu_name
 from ..config import KernelConfig
 from ..errors import SsmgenError
-from ..plan import Choice, dispatch
+from ..plan import Choice, dispatch, variants
 from ..store import evict, stores
 from ..template import key as key_of
 from .entries import Entry, fail, only
@@ -40,8 +40,8 @@ def keys_of(text: str, arch: str | None, here: Iterable[str], where: str) -> lis
     if is_key(text):
         return [only(text, here, where)]
     known = set(here)
-    config, target, choices = read_target(text, arch)
-    plans = dict.fromkeys(choice.plan for choice in choices)
+    config, target, _ = read_target(text, arch)
+    plans = variants(config, target)
     keys = [key for plan in plans if (key := key_of(config, plan, target)) in known]
     if not keys:
         fail(f"no kernel of this config is in {where}")
@@ -49,11 +49,12 @@ def keys_of(text: str, arch: str | None, here: Iterable[str], where: str) -> lis
 
 
 def read_target(text: str, arch: str | None) -> tuple[KernelConfig, Arch, tuple[Choice, ...]]:
-    """A config, its architecture, and the plans that serve it there."""
+    """A config, its architecture, and the plans that serve it there; if none is named, here."""
     target = read_arch(arch)
     try:
         config = read_config(text)
-        return config, target, dispatch(config, target)
+        gpu = gpu_name(None) if arch is None else None
+        return config, target, dispatch(config, target, gpu)
     except SsmgenError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ..cost import Work
 
 if TYPE_CHECKING:
     from ..arch import Arch
@@ -53,6 +56,10 @@ class Family(ABC):
     """One family of kernels: its arguments, plans and grid."""
 
     name: str
+    # Problem sizes (batch x heads, of the reference shape) at which plans are compared, and heads
+    # that models have, the most first.
+    sizes: tuple[int, ...] = tuple(2**k for k in range(6, 17))
+    heads: tuple[int, ...] = (128, 16)
 
     @abstractmethod
     def arguments(self, config: KernelConfig) -> tuple[Argument, ...]:
@@ -73,6 +80,43 @@ class Family(ABC):
     @abstractmethod
     def limit(self, config: KernelConfig, heads: int) -> int:
         """A table's limit, counted in heads of the reference shape, in heads of `config`."""
+
+    def candidates(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
+        """Plans worth timing, written as in a dispatch table; those that do not fit are left out.
+
+        By default: simple tiles of 4 to 64 rows in 1 to 8 warps, the new state first to leave the
+        L2 or not.
+        """
+        from ..plan import Plan
+
+        return [
+            Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=warps, evict_first=evict)
+            for evict in (False, True)
+            for rows in (4, 8, 16, 32, 64)
+            for warps in (1, 2, 4, 8)
+        ]
+
+    def shortlist(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
+        """The few candidates that the cost model chooses among where nothing was measured."""
+        return self.candidates(config, arch)
+
+    def work(self, config: KernelConfig, plan: Plan) -> Work:
+        """What `plan` makes one program do, for the cost model.
+
+        By default: it reads and writes one tile, with eight instructions for each element.
+        """
+        item = {"fp32": 4, "int8": 1, "fp8_e4m3fn": 1}
+        size = item.get(getattr(config, "state_dtype", config.dtype), 2)
+        programs = math.prod(self.grid(config, plan, 1, 1))
+        elements = plan.block_m * plan.block_n / (32 * plan.num_warps)
+        return Work(
+            programs=programs,
+            warps=plan.num_warps,
+            bytes=2 * programs * plan.block_m * plan.block_n * size,
+            registers=min(255, 24 + 1.4 * elements),
+            prologue=100,
+            instructions=8 * elements,
+        )
 
     @abstractmethod
     def grid(self, config: KernelConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:

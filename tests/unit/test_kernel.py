@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from artifacts import compiled, snapshot
+from dispatch_tables import put
 from ssu_calls import make
 
 from ssmgen import Arch, Kernel, KernelConfig, Plan, compiler, get_kernel, kernel, plan
@@ -41,7 +42,7 @@ SMALL = {
 
 
 @pytest.fixture
-def buckets(monkeypatch, store_dir):
+def buckets(monkeypatch, store_dir, tmp_path):
     """Three variants a kernel, and a compiler that costs nothing; the compilations, by time."""
     done = []
     rows = [
@@ -51,8 +52,9 @@ def buckets(monkeypatch, store_dir):
     ]
     for row in rows:
         row["plan"] = {"algorithm": "simple", "block_n": 128, "num_warps": 1, **row["plan"]}
-    table = {"default": {}, "auto": {"default": {"32bit.nearest": rows}}}
-    monkeypatch.setattr(plan, "_table", lambda family: table)
+    for name in ("fp32.nearest", "fp16.nearest"):
+        put(tmp_path / "tuned", rows, key=name)
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path / "tuned"))
 
     def compile(config, chosen, arch):
         done.append(chosen)
@@ -131,7 +133,7 @@ def test_select_takes_the_smallest_bucket_that_serves(buckets):
 def test_explain_has_a_line_a_variant(buckets):
     lines = get_kernel(KernelConfig(), arch="sm_90").explain().splitlines()
     assert ["<= 64" in lines[0], "<= 1024" in lines[1], "any batch" in lines[2]] == [True] * 3
-    assert all("table default/32bit.nearest" in line for line in lines)
+    assert all("fp32.nearest.json" in line for line in lines)
 
 
 # Errors

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import typer
 from artifacts import compiled
+from dispatch_tables import put
 from typer.testing import CliRunner, Result
 
 import ssmgen
@@ -30,8 +31,8 @@ from ssmgen.plan import Plan
 from ssmgen.store import Store, user_store
 
 SM_80, SM_90 = Arch.of("sm_80"), Arch.of("sm_90")
-# One plan each on sm_80.
-CONFIGS = [KernelConfig(dim=dim, dstate=16) for dim in range(8, 8 * 13, 8)]
+# One plan each.
+CONFIGS = [KernelConfig(dim=dim, dstate=16, batch_invariant=True) for dim in range(8, 8 * 13, 8)]
 JOBS = [(config, SM_80) for config in CONFIGS]
 POISON = CONFIGS[4]
 
@@ -259,7 +260,7 @@ def test_a_failure_is_named_and_stops_no_other(
     (row,) = report.failed
     assert KernelConfig(**row["config"]) == POISON
     assert row["arch"] == "sm_80"
-    assert row["plan"]["algorithm"] == "simple"
+    assert row["plan"]["algorithm"] in ("simple", "vertical")
     assert "ptxas says no" in row["error"]
     assert keys(report.built) == wanted() - {row["key"]} == in_store()
 
@@ -442,9 +443,9 @@ def threads(monkeypatch: pytest.MonkeyPatch, here: list[KernelConfig]) -> list[K
     """The command's pool is of threads of this process."""
     real = prewarm.prewarm
 
-    def quick(jobs: Any, *, executor: Any, workers: Any, progress: Any) -> Any:
+    def quick(jobs: Any, *, gpu: Any, executor: Any, workers: Any, progress: Any) -> Any:
         with ThreadPoolExecutor(workers) as pool:
-            return real(jobs, executor=pool, progress=progress)
+            return real(jobs, gpu=gpu, executor=pool, progress=progress)
 
     monkeypatch.setattr(prewarm, "prewarm", quick)
     return here
@@ -453,14 +454,18 @@ def threads(monkeypatch: pytest.MonkeyPatch, here: list[KernelConfig]) -> list[K
 @pytest.mark.usefixtures("threads")
 def test_command_takes_manifests_models_and_configs(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
-    path.write_text(json.dumps({"schema": 1, "configs": [{"dim": [16, 24], "has_z": True}]}))
-    result = call(str(path), "--config", '{"dim": 8}', "--config", "-", "--arch", "sm_80",
-                  "--arch", "sm_120", input='{"dim": 16, "has_z": true}')  # fmt: skip
+    one = {"batch_invariant": True}  # one plan each
+    configs = [{"dim": [16, 24], "has_z": True, **one}]
+    path.write_text(json.dumps({"schema": 1, "configs": configs}))
+    result = call(str(path), "--config", json.dumps({"dim": 8, **one}), "--config", "-", "--arch",
+                  "sm_80", "--arch", "sm_120",
+                  input=json.dumps({"dim": 16, "has_z": True, **one}))  # fmt: skip
     assert result.exit_code == 0
     # Threads finish in any order.
     assert re.search(r"^\[1/6\] built    sm_\d+ ssu dim=", result.output, re.M)
     assert "6 built, 0 present, 0 failed" in result.output
-    pairs = [(KernelConfig(dim=d, has_z=z), a) for d, z in ((16, True), (24, True), (8, False))
+    shapes = ((16, True), (24, True), (8, False))
+    pairs = [(KernelConfig(dim=d, has_z=z, **one), a) for d, z in shapes
              for a in (SM_80, Arch.of("sm_120"))]  # fmt: skip
     assert in_store() == wanted(pairs)
     # Equal shapes need equal kernels: what one model built, the other finds.
@@ -468,6 +473,22 @@ def test_command_takes_manifests_models_and_configs(tmp_path: Path) -> None:
     again = call("--model", "bamba-9b", "--arch", "sm_80", "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["built"] == []
+
+
+@pytest.mark.usefixtures("threads")
+def test_command_compiles_for_one_gpu_or_for_any_of_an_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    tile = {"algorithm": "simple", "block_n": 128, "num_warps": 1}
+    for gpu, rows in (("NVIDIA A", 4), ("NVIDIA B", 8)):
+        put(tmp_path, [{"plan": {**tile, "block_m": rows}}], gpu=gpu, arch="sm_80")
+    asked = ("--config", '{"state_dtype": "fp16"}', "--arch", "sm_80", "--json")
+    only = json.loads(call(*asked, "--gpu", "NVIDIA B").stdout)
+    assert [row["plan"]["block_m"] for row in only["built"]] == [8]
+    every = json.loads(call(*asked).stdout)
+    assert [row["plan"]["block_m"] for row in every["present"]] == [8]
+    assert [row["plan"]["block_m"] for row in every["built"]] == [4]
 
 
 @pytest.mark.usefixtures("threads")
@@ -512,7 +533,7 @@ def test_list_names_every_shipped_model_and_the_share_of_a_rank() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((), "nothing to compile; give a MANIFEST, --model or --config"),
+        ((), "nothing to do; give a MANIFEST, --model or --config"),
         (("--config", "{}"), "name an architecture, e.g. --arch sm_90"),
         (("--config", "{}", "--arch", "sm_1"), "'sm_1' is not known"),
         (("--config", '{"dim": 7}', "--arch", "sm_90"), "dim: 7 is not allowed"),

@@ -21,7 +21,7 @@ pytest.importorskip("hatchling")
 ROOT = Path(__file__).parents[2]
 DATA = [
     *(path.relative_to(ROOT) for path in (ROOT / "templates").rglob("*.j2")),
-    *(path.relative_to(ROOT) for path in (ROOT / "cache" / "dispatch").glob("*.json")),
+    *(path.relative_to(ROOT) for path in (ROOT / "cache" / "dispatch").rglob("*.json")),
     *(path.relative_to(ROOT) for path in (ROOT / "cache" / "manifests").glob("*.json")),
 ]
 

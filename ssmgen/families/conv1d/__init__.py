@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...cost import Work
 from ..base import Argument, Family, Layout
 from .config import ITEMSIZE, Conv1dConfig
 
@@ -24,6 +25,8 @@ class Conv1d(Family):
     what it counts as heads are channels."""
 
     name = "conv1d"
+    sizes = tuple(4**k for k in range(5, 13))
+    heads = (8192, 1024)
 
     def arguments(self, config: Conv1dConfig) -> tuple[Argument, ...]:  # type: ignore[override]
         c = config
@@ -132,6 +135,30 @@ class Conv1d(Family):
             else:
                 channels //= 2
         return Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
+
+    def candidates(self, config: Conv1dConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        from ...plan import Plan
+
+        return [
+            Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
+            for tokens in ((1, 2, 4, 8, 16, 32) if config.many else (1,))
+            for channels in (64, 128, 256, 512, 1024, 2048)
+            for warps in (1, 2, 4, 8)
+        ]
+
+    def work(self, config: Conv1dConfig, plan: Plan) -> Work:  # type: ignore[override]
+        # A head is a channel of one token; a row of several is as many of them.
+        values = plan.block_m * plan.block_n
+        each = values / (32 * plan.num_warps)
+        state = ITEMSIZE[str(config.state_dtype)] * (config.depth or 0)
+        return Work(
+            programs=1 / values,
+            warps=plan.num_warps,
+            bytes=2 * ITEMSIZE[config.dtype] + 2 * state / plan.block_m,
+            registers=min(255, 24 + each * config.width),
+            prologue=60,
+            instructions=each * (8 + 3 * config.width),
+        )
 
     def limit(self, config: Conv1dConfig, heads: int) -> int:  # type: ignore[override]
         return heads

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..base import Argument, Family, Layout
-from . import matrix
+from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
+from .work import work
 
 if TYPE_CHECKING:
     from ...arch import Arch
+    from ...cost import Work
     from ...plan import Plan
 
 __all__ = ["FAMILY", "Ssu", "SsuConfig"]
@@ -130,15 +132,21 @@ class Ssu(Family):
 
     def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
         key = f"{config.state_dtype}.{config.rounding}"
-        short = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}"
+        keys = [key]
+        if config.philox_rounds not in (0, 10):
+            keys.insert(0, f"{key}.{config.philox_rounds}")
         if config.many:
-            loop = f"{key}.many", f"{short}.many"
+            tokens = next((n for n in (2, 8, 16) if config.ntokens <= n), "more")
+            form = "many"
             if config.outside_matrix() or config.algorithm == "simple":
-                return loop
-            tokens = next(n for n in (2, 8, 16) if config.ntokens <= n)
-            return f"{key}.many.{tokens}", *loop
-        keys = (f"{key}.{config.philox_rounds}", key) if config.philox_rounds else (key,)
-        return (*(f"{k}.pdl" for k in keys), *keys, short) if config.pdl else (*keys, short)
+                form = "each" if config.has_intermediate else "loop"
+            keys = [f"{k}.{form}.{tokens}" for k in keys]
+        if config.pdl:
+            keys = [f"{k}.pdl" for k in keys] + keys
+        if (config.dim, config.dstate, config.tie_hdim) != (REFERENCE_DIM, REFERENCE_DSTATE, True):
+            shape = f"{config.dim}x{config.dstate}" + ("" if config.tie_hdim else ".untied")
+            keys = [f"{shape}.{k}" for k in keys] + keys
+        return tuple(keys)
 
     def fit(self, config: SsuConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
@@ -206,6 +214,15 @@ class Ssu(Family):
 
     def limit(self, config: SsuConfig, heads: int) -> int:  # type: ignore[override]
         return max(1, heads * REFERENCE_DIM * REFERENCE_DSTATE // (config.dim * config.dstate))
+
+    def candidates(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        return space.candidates(config)
+
+    def shortlist(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        return space.shortlist(config)
+
+    def work(self, config: SsuConfig, plan: Plan) -> Work:  # type: ignore[override]
+        return work(config, plan)
 
     def grid(self, config: SsuConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:  # type: ignore[override]
         tiles = {

@@ -1,0 +1,97 @@
+"""Which plans are worth trying, written for the reference shape as in a dispatch table."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from .config import SsuConfig
+
+if TYPE_CHECKING:
+    from ...plan import Plan
+
+__all__ = ["candidates", "shortlist"]
+
+COLUMNS = 128
+
+# (rows, warps) and (rows, stages, split; one warp): no single-token cell that was measured has a
+# best plan more than 6% ahead of the best of these.
+SIMPLE = ((4, 1), (8, 1), (16, 1), (16, 2), (16, 4), (16, 8), (32, 1), (32, 8), (64, 8))
+VERTICAL = ((4, 3, 2), (4, 4, 4), (8, 1, 1), (8, 3, 2), (8, 4, 1))
+# What the compiler makes of these is slower, by 11% to 20%, than their like: nothing that an
+# estimate sees. (State, rounds of Philox): (rows, warps), or (rows, stages, split).
+AVOID = {
+    ("fp16", 0): ((32, 8),),
+    ("fp16", 5): ((16, 1), (16, 2)),
+    ("bf16", 0): ((32, 8),),
+    ("bf16", 5): ((8, 1),),
+    ("bf16", 10): ((16, 2),),
+    ("int16", 0): ((32, 8),),
+    ("int8", 0): ((16, 1), (4, 3, 2), (4, 4, 4)),
+    ("int8", 10): ((4, 1), (8, 1), (16, 2), (16, 4), (16, 8), (32, 8), (4, 3, 2), (4, 4, 4)),
+    ("fp8_e4m3fn", 10): ((4, 4, 4),),
+}
+# (rows, warps, cap on registers) for up to 8 tokens, for up to 16, and with an fp32 state
+MATRIX_8 = ((16, 1, None), (32, 2, None))
+MATRIX_16 = ((64, 2, 168),)
+MATRIX_FP32 = ((16, 1, 160), (32, 2, 160), (64, 4, 168))
+
+
+def _plans(algorithm: str, *axes: tuple[int | None, ...], evict_first: bool = False) -> list[Plan]:
+    from ...plan import Plan
+
+    names = ("block_m", "block_n", "num_warps", "num_stages", "split", "maxnreg")
+    if algorithm == "matrix":
+        axes = (*axes, (1,), (1,), (None, 96, 128, 160, 168))
+    return [
+        Plan(algorithm=algorithm, evict_first=evict_first, **dict(zip(names, values)))  # type: ignore[arg-type]
+        for values in itertools.product(*axes)
+    ]
+
+
+def candidates(config: SsuConfig) -> list[Plan]:
+    """Every plan that may win somewhere."""
+    found: list[Plan] = []
+    for evict in (False, True):
+        found += _plans("simple", (4, 8, 16, 32, 64), (COLUMNS,), (1, 2, 4, 8), evict_first=evict)
+        # With PDL only the simple form loads the state before it waits.
+        if not (config.many or config.pdl):
+            found += _plans(
+                "vertical", (4, 8, 16), (COLUMNS,), (1, 2), (1, 2, 3, 4), (1, 2, 4),
+                evict_first=evict,
+            )  # fmt: skip
+            found += _plans("horizontal", (64,), (16, 32, 64), (2, 4, 8), (2, 3), evict_first=evict)
+    if config.many:
+        found += _plans("matrix", (16, 32, 64), (COLUMNS,), (1, 2, 4))
+    return found
+
+
+def shortlist(config: SsuConfig) -> list[Plan]:
+    """The few of them among which the cost model chooses."""
+    from ...plan import Plan
+
+    def plan(algorithm: str, rows: int, warps: int, **more: int | None) -> Plan:
+        return Plan(algorithm=algorithm, block_m=rows, block_n=COLUMNS, num_warps=warps,
+                    evict_first=not config.many, **more)  # type: ignore[arg-type]  # fmt: skip
+
+    avoid: tuple[tuple[int, ...], ...] = ()
+    if not config.many:
+        avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
+    # With what a loop over tokens keeps beside them other tiles spill, on one GPU or another.
+    full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
+    tiles = ((8, 1), (16, 2)) if full else SIMPLE
+    found = [plan("simple", *tile) for tile in tiles if tile not in avoid]
+    if config.many:
+        forms: tuple[tuple[int, int, int | None], ...]
+        forms = MATRIX_8 if config.ntokens <= 8 else MATRIX_16
+        forms = MATRIX_FP32 if config.state_dtype == "fp32" else forms
+        found += [plan("matrix", rows, warps, maxnreg=cap) for rows, warps, cap in forms]
+    elif not config.pdl or config.algorithm == "vertical":
+        found += [
+            plan("vertical", rows, 1, num_stages=stages, split=split)
+            for rows, stages, split in VERTICAL
+            if (rows, stages, split) not in avoid
+        ]
+    if config.algorithm == "horizontal":
+        found += _plans("horizontal", (64,), (32,), (4,), (2,))
+    return found

@@ -1,0 +1,103 @@
+"""How much a plan of this family has to do: what `ssmgen.cost` needs to know.
+
+The counts are of the generated code, so far as the plan decides between them; the constants are
+found together with those of `ssmgen.cost` by ``benchmarks/fit.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...cost import Work
+from .config import ITEMSIZE, SCALED, SsuConfig
+
+if TYPE_CHECKING:
+    from ...plan import Plan
+
+__all__ = ["COUNTS", "Counts", "counted", "facts", "work"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Instructions: before the first tile and for each column a lane holds; for an element to be
+    loaded and stored, besides those of each token; more for an element with a scale, for
+    stochastic rounding and for each of its rounds; for a row's sum over lanes. ``matrix`` is an
+    element's in the matrix form, for each 8 tokens. ``bits`` is registers an element more when
+    rounding is stochastic."""
+
+    prologue: float = 63.7
+    column: float = 11.7
+    element: float = 4.55
+    token: float = 8.07
+    scaled: float = 1.39
+    stochastic: float = 6.75
+    round: float = 0.695
+    row: float = 24.3
+    matrix: float = 3.84
+    bits: float = 0.41
+
+
+COUNTS = Counts()
+
+
+def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
+    """What of config and plan the counts depend on."""
+    item = ITEMSIZE[config.state_dtype]
+    vector = 16 // item
+    elements = plan.block_m * plan.block_n / (32 * plan.num_warps)
+    if plan.algorithm == "horizontal":
+        programs, steps = 1, config.dstate // plan.block_n
+    elif plan.algorithm == "vertical":
+        programs, steps = plan.split, config.dim // plan.block_m // plan.split
+    else:
+        programs, steps = config.dim // plan.block_m, 1
+    tokens = config.ntokens
+    scaled = config.state_dtype in SCALED
+    writes = config.update_state + config.has_intermediate * tokens
+    state = config.dim * (config.dstate * item + 4 * scaled) * (1 + writes)
+    return {
+        "programs": programs,
+        "steps": steps,
+        "warps": plan.num_warps,
+        "elements": elements,
+        "columns": min(elements, max(vector, plan.block_n / 32)),
+        "scaled": scaled,
+        "stochastic": config.rounding == "stochastic",
+        "rounds": config.philox_rounds or 0,
+        "tokens": tokens,
+        "writes": writes,
+        "matrix": (tokens + 7) // 8 if plan.algorithm == "matrix" else 0,
+        "ahead": plan.num_stages > 1,
+        "cap": plan.maxnreg or 255,
+        # Inputs and outputs of a head; eight heads share a group's B and C.
+        "bytes": state + tokens * ITEMSIZE[config.dtype] * (2 * config.dim + config.dstate / 4),
+        "shared": plan.num_stages * plan.block_m * plan.block_n * item * (plan.num_stages > 1),
+    }
+
+
+def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
+    """The fields of `Work` from `facts`, which may be arrays."""
+    store = f["scaled"] * c.scaled + f["stochastic"] * (c.stochastic + c.round * f["rounds"])
+    loop = c.element + (f["tokens"] - 1) * c.token
+    form = loop + (f["matrix"] > 0) * (c.element + c.matrix * f["matrix"] - loop)
+    rows = f["elements"] / f["columns"]
+    sums = rows * c.row * (1 + f["scaled"]) * (f["matrix"] == 0)
+    needed = 24 + f["elements"] * (1.4 + c.bits * f["stochastic"] + 0.7 * f["matrix"])
+    registers = (needed + f["cap"] - abs(needed - f["cap"])) / 2
+    return {
+        "programs": f["programs"],
+        "warps": f["warps"],
+        "bytes": f["bytes"],
+        "registers": registers,
+        "prologue": c.prologue + c.column * f["columns"],
+        "instructions": f["elements"] * (form + store * f["writes"]) + sums,
+        "steps": f["steps"],
+        "ahead": f["ahead"],
+        "shared": f["shared"],
+    }
+
+
+def work(config: SsuConfig, plan: Plan) -> Work:
+    """What `plan` makes a program do."""
+    return Work(**counted(facts(config, plan)))

@@ -1,0 +1,118 @@
+"""Rig: what times plans. On a GPU it is `GpuRig`; a test has one of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..arch import Arch, gpu_name
+from ..config import KernelConfig
+from ..kernel import build
+from ..launcher import load
+from ..plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Bench", "GpuRig", "Rig"]
+
+# Slot sets take turns over so many bytes: several times the L2 of any GPU.
+POOL_BYTES = 256 * 2**20
+
+
+class Bench(Protocol):
+    """Loaded plans of one config and the inputs of one problem size."""
+
+    wrong: Mapping[Plan, str]
+
+    def round(self, plans: Sequence[Plan]) -> list[float]:
+        """Time each plan once, in this order: microseconds a launch."""
+
+
+class Rig(Protocol):
+    """One GPU and its clock."""
+
+    arch: Arch
+    gpu: str
+    identity: dict[str, Any]
+
+    def clock(self) -> float:
+        """Seconds."""
+
+    def measures(self, family: str) -> bool:
+        """Whether there are inputs for kernels of that family."""
+
+    def open(
+        self, config: KernelConfig, batch: int, nheads: int, plans: Sequence[Plan]
+    ) -> AbstractContextManager[Bench]:
+        """Make inputs and load `plans`, which are compiled already; ``wrong`` of what is returned
+        says which of them give wrong results, and how."""
+
+
+class GpuRig:
+    """The current CUDA device."""
+
+    def __init__(self) -> None:
+        from ..bench.session import environment
+
+        self.arch = Arch.detect()
+        self.gpu = gpu_name(None)
+        here = environment()
+        names = ("gpu", "driver", "torch", "triton", "python", "ssmgen")
+        self.identity = {name: here[name] for name in names}
+        self._judged: dict[tuple[KernelConfig, Plan], str] = {}
+        self._warm = False
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def measures(self, family: str) -> bool:
+        return importlib.util.find_spec(f"ssmgen.bench.problems.{family}") is not None
+
+    @contextmanager
+    def open(
+        self, config: KernelConfig, batch: int, nheads: int, plans: Sequence[Plan]
+    ) -> Iterator[_GpuBench]:
+        import torch
+
+        from ..bench.problem import make, planned
+        from ..timing import warm_clocks
+
+        if not self._warm:
+            warm_clocks()
+            self._warm = True
+        device = torch.cuda.current_device()
+        problem = make(config, batch, nheads, pool_bytes=POOL_BYTES)
+        launches = {}
+        for plan in plans:
+            launch = planned(problem, load(build(config, plan, self.arch), device), plan)
+            # A plan is right or wrong at any size: the first one tells.
+            if (config, plan) not in self._judged:
+                self._judged[config, plan] = problem.verify(launch, rows=2)
+            launches[plan] = launch
+        wrong = {plan: why for plan in plans if (why := self._judged[config, plan])}
+        yield _GpuBench(
+            {plan: launch for plan, launch in launches.items() if plan not in wrong},
+            problem.sets,
+            wrong,
+        )
+
+
+class _GpuBench:
+    def __init__(self, launches: Mapping[Plan, Any], sets: int, wrong: Mapping[Plan, str]) -> None:
+        from ..bench.measure import cold
+        from ..timing import Graph
+
+        self.wrong = wrong
+        self._graphs = {plan: Graph(cold(launch, sets)) for plan, launch in launches.items()}
+
+    def round(self, plans: Sequence[Plan]) -> list[float]:
+        found = []
+        for plan in plans:
+            # The first replay finds what the one before it left: clocks, caches, an idle host.
+            self._graphs[plan].replay()
+            found.append(self._graphs[plan].replay())
+        return found

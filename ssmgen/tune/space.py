@@ -1,0 +1,90 @@
+"""Which plans of a config enter the race: the family's candidates, without those that cannot win.
+
+What cannot win is told from an estimate before anything is compiled, and after that from what the
+compiler made of a plan: registers, spills, shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..arch import Arch
+from ..config import KernelConfig
+from ..cost import Work, estimate, resident
+from ..families import spec
+from ..plan import Plan, fitted
+
+__all__ = ["entrants", "prune"]
+
+# An estimate may be off by so much; what is slower still at every size is not compiled.
+DOUBT = 1.6
+# The most plans of one config that are compiled, and that enter one race, besides the one in use.
+COMPILED, ENTRANTS = 32, 20
+
+
+def entrants(
+    config: KernelConfig, arch: Arch, sizes: Sequence[int], present: Iterable[Plan]
+) -> dict[Plan, Plan]:
+    """The plans to compile for `sizes` (batch x heads), each with the form a table holds of it.
+
+    Those in use are always among them. At most `COMPILED` others, the best by estimate at any size
+    first.
+    """
+    family = spec(config.family)
+    plans = fitted(
+        config, arch, (*family.shortlist(config, arch), *family.candidates(config, arch))
+    )
+    best = _places({plan: family.work(config, plan) for plan in plans}, arch, sizes)
+    kept = {plan: plans[plan] for plan in [*best][:COMPILED]}
+    for plan in present:
+        kept.setdefault(plan, plans.get(plan, plan))
+    return kept
+
+
+def prune(
+    config: KernelConfig, arch: Arch, size: int, built: Mapping[Plan, Mapping[str, Any]],
+    present: Plan,
+) -> tuple[list[Plan], dict[Plan, str]]:  # fmt: skip
+    """Of `built`, plans and their manifests, those to race at `size`; and why not the others.
+
+    A plan goes that no multiprocessor can hold, that spills registers, or whose estimate with the
+    registers and shared memory it really has is hopeless.
+    """
+    family = spec(config.family)
+    works: dict[Plan, Work] = {}
+    out: dict[Plan, str] = {}
+    for plan, manifest in built.items():
+        work = family.work(config, plan)
+        work = dataclasses.replace(
+            work,
+            registers=manifest["registers"] or work.registers,
+            shared=manifest["shared"],
+        )
+        if plan != present:
+            if resident(work, arch) < 1:
+                out[plan] = (
+                    f"does not fit: {work.registers} registers a thread, {work.shared} bytes shared"
+                )
+                continue
+            if manifest["spills"]:
+                out[plan] = f"spills {manifest['spills']} bytes"
+                continue
+        works[plan] = work
+    best = _places(works, arch, [size])
+    chosen = [plan for plan in best if plan != present][:ENTRANTS]
+    out |= {p: "estimated to be slow" for p in works if p != present and p not in chosen}
+    return [present, *chosen], out
+
+
+def _places(works: Mapping[Plan, Work], arch: Arch, sizes: Sequence[int]) -> list[Plan]:
+    """Plans by the best place they have at any size, without those that are slow at every one."""
+    place: dict[Plan, tuple[int, float]] = {}
+    for size in sizes:
+        cost = {plan: estimate(work, arch)(size) for plan, work in works.items()}
+        least = min(cost.values())
+        for i, plan in enumerate(sorted(cost, key=cost.__getitem__)):
+            if cost[plan] <= DOUBT * least:
+                place[plan] = min(place.get(plan, (i, cost[plan] / least)), (i, cost[plan] / least))
+    return sorted(place, key=place.__getitem__)

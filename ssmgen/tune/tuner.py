@@ -1,0 +1,306 @@
+"""The tuner: cells to measure, kernels to compile, races under a budget of time."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import template
+from ..arch import Arch
+from ..config import KernelConfig, canonical_json
+from ..families import spec
+from ..plan import Plan, dispatch
+from ..prewarm import Event, Job, compile_jobs
+from .journal import Journal
+from .race import Outcome, race
+from .rig import Rig
+from .space import entrants, prune
+from .table import write_tables
+
+__all__ = [
+    "Cell",
+    "Progress",
+    "Report",
+    "cells_of",
+    "compile_all",
+    "measurable",
+    "measure_cell",
+    "spaces",
+    "tune",
+]
+
+# Seconds for which a race goes on at least, if there are any left.
+LEAST = 0.1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One size of one key: what is raced. `present` is the plan in use there."""
+
+    config: KernelConfig
+    key: str
+    batch: int
+    nheads: int
+    present: Plan
+
+    @property
+    def heads(self) -> int:
+        return self.batch * self.nheads
+
+    def __str__(self) -> str:
+        return f"{self.config.family} {self.key} {self.batch}x{self.nheads}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far it is: ``stage`` is compile or race, ``left`` the seconds that remain, if known."""
+
+    stage: str
+    done: int
+    total: int
+    what: str
+    left: float | None = None
+
+
+@dataclass
+class Report:
+    """What became of each cell: plain data, as in the journal. ``seconds`` is of this run, which
+    measured ``measured`` of the ``cells``; ``missing`` names those that nobody has measured yet,
+    and ``tables`` the files that were written, those of keys of which nothing is missing."""
+
+    gpu: str
+    arch: str
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    measured: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+
+# Compiles jobs; the manifest's resources, or what went wrong, by key.
+Compile = Callable[[list[Job], Callable[[int, int], None]], dict[str, dict[str, Any]]]
+Note = Callable[[Progress], None]
+
+
+def cells_of(
+    configs: Iterable[KernelConfig],
+    arch: Arch,
+    gpu: str | None,
+    sizes: Sequence[int] | None = None,
+) -> list[Cell]:
+    """The cells of `configs`: of those that share a key the first stands for all.
+
+    `sizes` are batch x heads of the family's reference shape; None: those the family names.
+    """
+    keys: dict[tuple[str, str], KernelConfig] = {}
+    for config in configs:
+        # What is measured is one plan a size; a forced algorithm is one of the candidates.
+        config = config.replace(algorithm="auto", batch_invariant=False)
+        keys.setdefault((config.family, spec(config.family).dispatch_keys(config)[0]), config)
+    cells = []
+    for (name, key), config in keys.items():
+        choices = dispatch(config, arch, gpu)
+        family = spec(name)
+        wanted = (family.limit(config, size) for size in sizes or family.sizes)
+        shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
+        for batch, nheads in shapes:
+            plan = next(c.plan for c in choices if c.limit is None or batch * nheads <= c.limit)
+            cells.append(Cell(config, key, batch, nheads, plan))
+    return cells
+
+
+def _shape(heads: int, usual: Sequence[int]) -> tuple[int, int]:
+    """Batch and heads of a size, with heads as models have them."""
+    nheads = next((n for n in usual if heads >= n), heads)
+    return heads // nheads, nheads
+
+
+def spaces(cells: Iterable[Cell], arch: Arch) -> dict[KernelConfig, dict[Plan, Plan]]:
+    """The plans to compile for each config of `cells`, with the form a table holds of each."""
+    found: dict[KernelConfig, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.config, []).append(cell)
+    return {
+        config: entrants(config, arch, [c.heads for c in own], [c.present for c in own])
+        for config, own in found.items()
+    }
+
+
+def measurable(configs: Iterable[KernelConfig], rig: Rig, report: Report) -> list[KernelConfig]:
+    """Those of `configs` that `rig` can make inputs for; the others' families go to `report`."""
+    found = list(configs)
+    for name in dict.fromkeys(config.family for config in found):
+        if not rig.measures(name):
+            report.failed.append(
+                {"kernel": name, "error": "there are no inputs to measure it with"}
+            )
+            found = [config for config in found if config.family != name]
+    return found
+
+
+def tune(
+    configs: Iterable[KernelConfig],
+    rig: Rig,
+    out: Path,
+    *,
+    budget: float = 600.0,
+    sizes: Sequence[int] | None = None,
+    compile: Compile | None = None,
+    note: Note = lambda progress: None,
+) -> Report:
+    """Find the fastest plans on the GPU of `rig` and write tables of them under `out`.
+
+    `budget` is in seconds, compiling included; what is not reached is missing, and the next run
+    goes on from the journal in `out`. Ctrl-C ends it early with all that was measured. A table is
+    written for each key all of whose sizes are measured.
+    """
+    start = rig.clock()
+    report = Report(rig.gpu, str(rig.arch))
+    able = measurable(configs, rig, report)
+    cells = cells_of(able, rig.arch, rig.gpu, sizes)
+    plans = spaces(cells, rig.arch)
+    journal = Journal(out / f"{rig.arch}.journal", rig.identity)
+    try:
+        _measure(rig, cells, plans, journal, report, start + budget, compile or compile_all, note)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        journal.close()
+    for cell in cells:
+        record = journal.cells.get(str(cell))
+        if record is None or record["kernels"] != _digest(cell, plans[cell.config], rig.arch):
+            report.missing.append(str(cell))
+        else:
+            report.cells.append(record)
+    identity = {"date": datetime.date.today().isoformat(), **rig.identity}
+    report.tables = write_tables(cells, report, rig.arch, rig.gpu, identity, out)
+    report.seconds = round(rig.clock() - start, 1)
+    return report
+
+
+def _measure(
+    rig: Rig,
+    cells: list[Cell],
+    plans: dict[KernelConfig, dict[Plan, Plan]],
+    journal: Journal,
+    report: Report,
+    end: float,
+    compile: Compile,
+    note: Note,
+) -> None:
+    todo = [
+        cell
+        for cell in cells
+        if journal.cells.get(str(cell), {}).get("kernels")
+        != _digest(cell, plans[cell.config], rig.arch)
+    ]
+    keys = {
+        (config, plan): template.key(config, plan, rig.arch)
+        for config in dict.fromkeys(cell.config for cell in todo)
+        for plan in plans[config]
+    }
+    jobs = {key: Job(config, plan, rig.arch, key) for (config, plan), key in keys.items()}
+    built = compile(
+        list(jobs.values()), lambda done, total: note(Progress("compile", done, total, ""))
+    )
+    for key, job in jobs.items():
+        if "error" in built[key]:
+            report.failed.append({"kernel": str(job), "error": built[key]["error"]})
+    for done, cell in enumerate(todo):
+        left = end - rig.clock()
+        if left <= 0:
+            return
+        note(Progress("race", done, len(todo), str(cell), left))
+        ready = {
+            plan: built[keys[cell.config, plan]]
+            for plan in plans[cell.config]
+            if "error" not in built[keys[cell.config, plan]]
+        }
+        record = None
+        if cell.present in ready:
+            record = measure_cell(rig, cell, ready, max(LEAST, left / (len(todo) - done)))
+        if record is None:
+            report.failed.append({"kernel": str(cell), "error": "the plan in use failed"})
+            continue
+        record["kernels"] = _digest(cell, plans[cell.config], rig.arch)
+        for standing in record["standings"]:
+            wanted = plans[cell.config][Plan(**standing["plan"])]
+            standing["table"] = wanted.fields()
+        journal.add(record)
+        report.measured += 1
+
+
+def measure_cell(
+    rig: Rig, cell: Cell, built: dict[Plan, dict[str, Any]], seconds: float
+) -> dict[str, Any] | None:
+    """Race the plans of one cell: a record of plain data; None if the plan in use is wrong."""
+    start = rig.clock()
+    chosen, out = prune(cell.config, rig.arch, cell.heads, built, cell.present)
+    with rig.open(cell.config, cell.batch, cell.nheads, chosen) as bench:
+        if cell.present in bench.wrong:
+            return None
+        chosen = [plan for plan in chosen if plan not in bench.wrong]
+        left = seconds - (rig.clock() - start)
+        outcome = race(chosen, cell.present, bench.round, seconds=left, clock=rig.clock)
+    why = {plan: f"wrong: {text}" for plan, text in bench.wrong.items()} | out
+    return {
+        "cell": str(cell),
+        "family": cell.config.family,
+        "key": cell.key,
+        "config": cell.config.to_json(),
+        "batch": cell.batch,
+        "nheads": cell.nheads,
+        "seconds": round(rig.clock() - start, 3),
+        **_plain(outcome),
+        "left_out": [{"plan": plan.fields(), "why": text} for plan, text in why.items()],
+    }
+
+
+def _plain(outcome: Outcome[Plan]) -> dict[str, Any]:
+    return {
+        "winner": outcome.winner.fields(),
+        "present": outcome.present.fields(),
+        "margin": round(outcome.margin, 5),
+        "noise": round(min(outcome.noise, 1.0), 5),
+        "rounds": outcome.rounds,
+        "standings": [
+            {
+                "plan": s.entrant.fields(),
+                "us": round(s.microseconds, 3),
+                "spread": round(s.spread, 5),
+                "rounds": s.rounds,
+                "ratio": round(s.ratio, 5),
+                "error": round(min(s.error, 1.0), 5),
+            }
+            for s in outcome.standings
+        ],
+    }
+
+
+def _digest(cell: Cell, plans: dict[Plan, Plan], arch: Arch) -> str:
+    """Of the kernels of a cell: changes with a template, the space, or the plan in use."""
+    keys = [template.key(cell.config, plan, arch) for plan in plans]
+    text = canonical_json([sorted(keys), cell.present.fields()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compile_all(
+    jobs: list[Job], note: Callable[[int, int], None], workers: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Compile into the user store what is not there, in parallel."""
+    done = 0
+
+    def hear(event: Event) -> None:
+        nonlocal done
+        if event.row is not None:
+            done += 1
+            note(done, event.total)
+
+    found = compile_jobs(jobs, workers=workers, progress=hear)
+    return {row["key"]: row for row in (*found.built, *found.present, *found.failed)}

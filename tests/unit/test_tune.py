@@ -1,0 +1,452 @@
+"""The tuner on a GPU that there is not: what it compiles, races and keeps, and how it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import pytest
+from rigs import FakeCompiler, FakeRig
+
+from ssmgen import Arch, KernelConfig, Plan, tables
+from ssmgen.cost import estimate
+from ssmgen.errors import ConfigError
+from ssmgen.families import spec
+from ssmgen.plan import dispatch
+from ssmgen.tune import Progress, tune
+from ssmgen.tune.check import LIMIT, check, odd_cells
+from ssmgen.tune.journal import Journal
+from ssmgen.tune.space import COMPILED, ENTRANTS, entrants, prune
+from ssmgen.tune.table import rows_of
+from ssmgen.tune.tuner import cells_of
+
+SSU = spec("ssu")
+SM_90 = Arch.of("sm_90")
+FP16 = KernelConfig(state_dtype="fp16")
+FEW = (128, 1024, 16384)
+
+
+def of_the_model(config, plan, heads):
+    return estimate(SSU.work(config, plan), SM_90)(heads)
+
+
+def secretly(best):
+    """The model's costs, but the plans of `best` (by least heads) are 12% faster than any other."""
+
+    @functools.cache
+    def cost(config, plan, heads):
+        wanted = [tile for least, tile in best if heads >= least][-1]
+        fast = fastest(config, heads)
+        if (plan.algorithm, plan.block_m, plan.num_warps, plan.evict_first) == wanted:
+            return 0.88 * fast
+        return max(fast, of_the_model(config, plan, heads))
+
+    return cost
+
+
+@functools.cache
+def fastest(config, heads):
+    return min(of_the_model(config, p, heads) for p in SSU_PLANS)
+
+
+SSU_PLANS = list(entrants(FP16, SM_90, FEW, []))
+BEST = ((0, ("simple", 8, 2, True)), (2000, ("simple", 32, 4, False)))
+
+
+def run(rig, out, configs=(FP16,), **more):
+    return tune(configs, rig, out, sizes=FEW, **{"compile": FakeCompiler(), "budget": 60, **more})
+
+
+def table_at(out, key="fp16.nearest", gpu=FakeRig.gpu):
+    return tables.read((out / "ssu" / "sm_90" / tables.slug(gpu) / f"{key}.json").read_text(), "t")
+
+
+# What it finds
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_plans_are_found_and_dispatch_takes_them(tmp_path, monkeypatch, seed):
+    report = run(FakeRig(secretly(BEST), seed=seed), tmp_path)
+    assert not report.missing
+    assert not report.failed
+    for cell in report.cells:
+        wanted = BEST[cell["batch"] * cell["nheads"] >= 2000][1]
+        plan = Plan(**cell["winner"])
+        assert (plan.algorithm, plan.block_m, plan.num_warps, plan.evict_first) == wanted
+        assert 0.1 < cell["margin"] < 0.25
+        assert 0 < cell["noise"] < cell["margin"]
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    low, high = dispatch(FP16, SM_90, FakeRig.gpu)
+    assert (low.limit, high.limit) == (4096, None)  # between 1024 and 16384, in ratio
+    assert (low.plan.block_m, high.plan.block_m) == (8, 32)
+    assert low.why == f"table {tmp_path}/ssu/sm_90/nvidia-pretend-9000/fp16.nearest.json"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_table_is_left_as_it_is_where_nothing_is_faster(tmp_path, monkeypatch, seed):
+    run(FakeRig(secretly(BEST), noise=0.002), tmp_path / "first")
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path / "first"))
+    # Now all are the same: whoever is first is so by chance.
+    report = run(FakeRig(lambda *_: 10.0, noise=0.02, seed=seed), tmp_path / "second")
+    changed = sum(cell["margin"] > 0 for cell in report.cells)
+    assert changed <= 1
+    if not changed:
+        first, second = table_at(tmp_path / "first"), table_at(tmp_path / "second")
+        # Buckets that the noise cannot tell apart become one, of a plan that was in use.
+        assert {row["plan"] for row in second["rows"]} <= {row["plan"] for row in first["rows"]}
+
+
+def test_a_table_says_where_it_is_from_and_what_was_measured(tmp_path):
+    report = run(FakeRig(secretly(BEST)), tmp_path)
+    (path,) = report.tables
+    data = json.loads((tmp_path / path).read_text())
+    assert path.endswith("ssu/sm_90/nvidia-pretend-9000/fp16.nearest.json")
+    assert data["measured"]["driver"] == "1.0"
+    assert data["measured"]["config"] == {"state_dtype": "fp16"}
+    assert data["measured"]["seconds"] > 0
+    assert [list(row["us"]) for row in data["rows"]] == [["128", "1024"], ["16384"]]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_wrong_plans_do_not_race_and_a_wrong_plan_in_use_is_said(tmp_path):
+    cost = secretly(BEST)
+    bad = next(p for p in SSU_PLANS if (p.block_m, p.num_warps, p.evict_first) == (8, 2, True))
+    report = run(FakeRig(cost, wrong={bad: "state off by 2"}), tmp_path)
+    for cell in report.cells:
+        assert Plan(**cell["winner"]) != bad
+    told = [o["why"] for o in report.cells[0]["left_out"] if Plan(**o["plan"]) == bad]
+    assert told == ["wrong: state off by 2"]
+
+    present = cells_of([FP16], SM_90, None, [128])[0].present
+    report = run(FakeRig(cost, wrong={present: "output off"}), tmp_path / "other")
+    assert any("in use failed" in row["error"] for row in report.failed)
+    assert not report.tables
+
+
+def test_a_kernel_that_does_not_compile_is_reported_and_stops_no_other(tmp_path):
+    bad = next(p for p in SSU_PLANS if p.algorithm == "vertical" and not p.evict_first)
+
+    def resources(job):
+        return {"error": "ptxas says no"} if job.plan == bad else {}
+
+    report = run(FakeRig(secretly(BEST)), tmp_path, compile=FakeCompiler(resources))
+    (row,) = report.failed
+    assert str(bad) in row["kernel"]
+    assert row["error"] == "ptxas says no"
+    assert not report.missing
+
+
+def test_configs_of_one_key_are_measured_once(tmp_path):
+    same = [FP16, FP16.replace(has_z=True), FP16.replace(index_dtype="int32", algorithm="simple")]
+    assert len(cells_of(same, SM_90, None)) == len(SSU.sizes)
+    other = [FP16.replace(pdl=True), FP16.replace(dim=128)]
+    assert len({c.key for c in cells_of([*same, *other], SM_90, None)}) == 3
+
+
+def test_sizes_are_of_equal_work_whatever_the_shape():
+    wide = FP16.replace(dstate=256)
+    plain, double = (
+        [c.heads for c in cells_of([config], SM_90, None, (256, 4096))] for config in (FP16, wide)
+    )
+    assert (plain, double) == ([256, 4096], [128, 2048])
+
+
+def test_a_table_of_another_shape_has_limits_of_the_reference_shape(tmp_path, monkeypatch):
+    wide = FP16.replace(dstate=256)
+    best = ((0, ("simple", 4, 2, True)), (1000, ("simple", 16, 4, False)))
+    run(FakeRig(secretly(best)), tmp_path, [wide])
+    (table,) = (table_at(tmp_path, key="64x256.fp16.nearest"),)
+    assert [row.get("up_to_heads") for row in table["rows"]] == [4096, None]
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    low, high = dispatch(wide, SM_90, FakeRig.gpu)
+    assert (low.limit, low.plan.block_m, high.plan.block_m) == (2048, 4, 16)
+
+
+def test_a_family_without_inputs_is_named_and_stops_no_other(tmp_path):
+    configs = [FP16, KernelConfig(family="conv1d")]
+    report = run(FakeRig(secretly(BEST), blind=("conv1d",)), tmp_path, configs)
+    assert [row["kernel"] for row in report.failed] == ["conv1d"]
+    assert len(report.tables) == 1
+
+
+def test_another_family_is_tuned_at_sizes_of_its_own(tmp_path, monkeypatch):
+    conv = KernelConfig(family="conv1d")
+    own = spec("conv1d")
+
+    def cost(config, plan, heads):
+        return 5 + heads / 1e5 + (plan.block_n != 512) + (plan.num_warps != 2)
+
+    rig = FakeRig(cost)
+    report = tune([conv], rig, tmp_path, compile=FakeCompiler())
+    assert [batch * heads for _, batch, heads, _ in rig.opened] == list(own.sizes)
+    assert len(report.tables) == 1
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    chosen = dispatch(conv, SM_90, rig.gpu)[0].plan
+    assert (chosen.block_n, chosen.num_warps) == (512, 2)
+
+
+# What it leaves out
+
+
+def test_candidates_are_pruned_by_estimate_but_never_the_plan_in_use():
+    slow = Plan(algorithm="vertical", block_m=4, block_n=128, num_warps=2, num_stages=4)
+    kept = entrants(FP16, SM_90, FEW, [slow])
+    assert slow in kept
+    assert slow not in entrants(FP16, SM_90, FEW, [])
+    assert len(kept) <= COMPILED + 1
+    everything = {SSU.fit(FP16, p, SM_90) for p in SSU.candidates(FP16, SM_90)}
+    assert len(everything) > 3 * len(kept)
+
+
+def manifest(**resources):
+    return {"registers": 64, "spills": 0, "shared": 0, **resources}
+
+
+def test_what_spills_or_does_not_fit_is_not_raced():
+    plans = SSU_PLANS[:6]
+    present, spills, big, wide, *_ = plans
+    built = {plan: manifest() for plan in plans}
+    built[spills] = manifest(spills=16)
+    built[big] = manifest(shared=SM_90.shared_memory + 1)
+    built[present] = manifest(spills=16)
+    chosen, why = prune(FP16, SM_90, 1024, built, present)
+    assert chosen[0] == present
+    assert spills not in chosen
+    assert "spills 16 bytes" in why[spills]
+    assert big not in chosen
+    assert "does not fit" in why[big]
+    assert wide in chosen
+
+
+def test_registers_of_the_artifact_decide_occupancy():
+    tile = Plan(algorithm="simple", block_m=64, block_n=128, num_warps=16)
+    usual = SSU_PLANS[0]
+    built = {usual: manifest(), tile: manifest(registers=255)}
+    _, why = prune(FP16, SM_90, 16384, built, usual)
+    assert "does not fit: 255 registers" in why[tile]  # 512 threads of them
+    built[tile] = manifest(registers=32)
+    assert "fit" not in prune(FP16, SM_90, 16384, built, usual)[1].get(tile, "")
+
+
+def test_a_race_has_few_entrants():
+    built = {plan: manifest() for plan in SSU_PLANS}
+    chosen, _ = prune(FP16, SM_90, 16384, built, SSU_PLANS[-1])
+    assert len(chosen) <= ENTRANTS + 1
+    assert SSU_PLANS[-1] in chosen
+
+
+# Time
+
+
+def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
+    cost = secretly(BEST)
+    whole = FakeRig(cost)
+    full = tune([FP16], whole, tmp_path / "whole", compile=FakeCompiler())
+    assert len(full.cells) == len(SSU.sizes)
+
+    rig = FakeRig(cost, launches=20000)
+    start = rig.now
+    report = tune([FP16], rig, tmp_path / "short", compile=FakeCompiler(), budget=30)
+    # One round that had begun may run on.
+    assert rig.now - start < 30 + 25
+    assert report.missing
+    assert report.cells
+    assert not report.tables
+    first = report.measured
+    for _ in range(40):
+        if not report.missing:
+            break
+        report = tune([FP16], rig, tmp_path / "short", compile=FakeCompiler(), budget=30)
+    assert not report.missing
+    assert report.measured < len(SSU.sizes) - first + 1
+    assert len(report.tables) == 1
+
+
+def test_ctrl_c_keeps_what_is_done_and_nothing_is_measured_twice(tmp_path):
+    stopped = FakeRig(secretly(BEST), stop=500)
+    report = run(stopped, tmp_path)
+    assert report.interrupted
+    done = [cell["cell"] for cell in report.cells]
+    assert done
+    assert report.missing
+    again = FakeRig(secretly(BEST))
+    compiler = FakeCompiler()
+    report = run(again, tmp_path, compile=compiler)
+    assert not report.interrupted
+    assert not report.missing
+    measured = {f"ssu fp16.nearest {batch}x{nheads}" for _, batch, nheads, _ in again.opened}
+    assert measured.isdisjoint(done)
+    assert report.tables
+    idle = FakeRig(secretly(BEST))
+    report = run(idle, tmp_path)
+    assert idle.timings == 0
+    assert report.measured == 0
+    assert report.tables
+
+
+def test_progress_says_what_and_how_long(tmp_path):
+    heard: list[Progress] = []
+    run(FakeRig(secretly(BEST)), tmp_path, note=heard.append, budget=50)
+    assert {p.stage for p in heard} == {"compile", "race"}
+    races = [p for p in heard if p.stage == "race"]
+    assert [p.done for p in races] == [0, 1, 2]
+    assert races[0].left == pytest.approx(50, abs=1)
+    assert races[0].left > races[-1].left
+
+
+# The journal
+
+
+def test_a_journal_of_another_driver_is_refused(tmp_path):
+    run(FakeRig(secretly(BEST)), tmp_path)
+    other = FakeRig(secretly(BEST))
+    other.identity = {**other.identity, "driver": "2.0"}
+    with pytest.raises(ConfigError, match=r"driver: measured with '1\.0', here is '2\.0'"):
+        run(other, tmp_path)
+
+
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
+    run(FakeRig(secretly(BEST)), tmp_path)
+    path = tmp_path / "sm_90.journal"
+    # Longer than the line that will stand there.
+    path.write_bytes(path.read_bytes()[:-20] + b" " * 50_000)
+    report = run(FakeRig(secretly(BEST)), tmp_path)
+    assert report.measured == 1
+    assert not report.missing
+    for line in path.read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_journal_with_a_bad_line_in_its_middle_is_refused(tmp_path):
+    run(FakeRig(secretly(BEST)), tmp_path)
+    path = tmp_path / "sm_90.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"{nonsense\n", *lines[2:]]))
+    with pytest.raises(ConfigError, match="line 2"):
+        run(FakeRig(secretly(BEST)), tmp_path)
+    path.write_text("{}\n")
+    with pytest.raises(ConfigError, match="not a journal of this version"):
+        Journal(path, {})
+
+
+def test_another_template_or_plan_in_use_is_measured_anew(tmp_path, monkeypatch):
+    run(FakeRig(secretly(BEST)), tmp_path)
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
+    report = run(FakeRig(secretly(BEST)), tmp_path)  # the plans in use are others now
+    assert report.measured == len(FEW)
+
+
+# Buckets
+
+
+def record(heads, times, winner=None, noise=0.01, rounds=8):
+    best = min(times.values())
+    plans = {n: {"algorithm": "simple", "block_m": n, "block_n": 128, "num_warps": 1}
+             for n in times}  # fmt: skip
+    return {
+        "family": "ssu", "key": "fp16.nearest", "config": FP16.to_json(), "batch": heads,
+        "nheads": 1, "noise": noise,
+        "winner": plans[winner or min(times, key=times.get)],
+        "standings": [
+            {"plan": plans[n], "table": Plan(**plans[n]).fields(), "us": us, "ratio": us / best,
+             "rounds": rounds}
+            for n, us in times.items()
+        ],
+    }  # fmt: skip
+
+
+def test_neighbours_share_a_plan_that_is_within_the_noise():
+    cells = [
+        record(100, {4: 1.0, 8: 1.005, 16: 1.2}),
+        record(400, {4: 1.02, 8: 1.0, 16: 1.1}),
+        record(1600, {4: 1.3, 8: 1.03, 16: 1.0}),
+    ]
+    rows = rows_of(cells)
+    assert [row["plan"]["block_m"] for row in rows] == [8, 16]
+    assert [row.get("up_to_heads") for row in rows] == [800, None]
+    assert [row["us"] for row in rows] == [{"100": 1.005, "400": 1.0}, {"1600": 1.0}]
+    tight = rows_of([{**cell, "noise": 0.001} for cell in cells])
+    assert [row["plan"]["block_m"] for row in tight] == [4, 8, 16]
+
+
+def test_noise_never_excuses_more_than_two_percent():
+    cells = [record(100, {4: 1.0, 8: 1.05}, noise=0.3), record(400, {4: 1.3, 8: 1.0}, noise=0.3)]
+    assert [row["plan"]["block_m"] for row in rows_of(cells)] == [4, 8]
+
+
+def test_the_plan_in_use_holds_its_bucket_within_the_noise():
+    cells = [record(100, {4: 1.0, 8: 1.04}, winner=8, noise=0.05), record(400, {8: 1.0, 4: 1.2})]
+    assert [row["plan"]["block_m"] for row in rows_of(cells)] == [8]
+
+
+# No cliff
+
+
+def test_check_finds_a_cliff_and_says_how_deep():
+    def cost(config, plan, heads):
+        base = of_the_model(config, plan, heads)
+        return base * (1.3 if plan == bad and heads == 37 * 24 else 1.0)
+
+    rig = FakeRig(cost, noise=0.002)
+    cells = [c for c in odd_cells([FP16], rig, batches=(3, 37), heads=(24,)) if c.config == FP16]
+    bad = cells[1].present
+    report = check(cells, rig, compile=FakeCompiler())
+    deep = {c["cell"]: c["margin"] for c in report.cells if c["margin"] > LIMIT}
+    assert list(deep) == ["ssu fp16.nearest 37x24"]
+    assert deep["ssu fp16.nearest 37x24"] > 0.1
+    assert not report.tables
+    assert not report.missing
+
+
+def test_check_asks_odd_shapes_where_a_config_has_them():
+    cells = odd_cells([FP16, KernelConfig(dim=512)], FakeRig(of_the_model), (7,), (48,))
+    shapes = {(c.config.dim, c.config.dstate) for c in cells}
+    assert shapes == {(64, 128), (80, 128), (96, 128), (64, 96), (64, 256), (512, 128), (512, 96),
+                      (512, 256)}  # fmt: skip
+    assert {c.heads for c in cells} == {7 * 48}
+
+
+def test_check_stops_at_its_budget_and_at_ctrl_c():
+    rig = FakeRig(of_the_model, launches=20000)
+    cells = odd_cells([FP16], rig, (3, 200), (24,))
+    report = check(cells, rig, compile=FakeCompiler(), budget=2)
+    assert report.missing
+    assert len(report.missing) + len(report.cells) == len(cells)
+    rig = FakeRig(of_the_model, stop=300)
+    report = check(cells, rig, compile=FakeCompiler())
+    assert report.interrupted
+    assert len(report.missing) + len(report.cells) == len(cells)
+
+
+# Every family
+
+
+def test_a_family_that_declares_nothing_has_candidates_and_costs():
+    class Plain(type(SSU)):
+        candidates = SSU.__class__.__mro__[1].candidates
+        shortlist = SSU.__class__.__mro__[1].shortlist
+        work = SSU.__class__.__mro__[1].work
+
+    plain = Plain()
+    plans = plain.shortlist(FP16, SM_90)
+    assert len(set(plans)) == 40
+    costs = {p: estimate(plain.work(FP16, p), SM_90)(1024) for p in plans}
+    assert all(cost > 0 for cost in costs.values())
+    assert len(set(costs.values())) > 10
+
+
+def test_every_candidate_of_every_kind_of_config_can_be_costed():
+    for state, rounding, pdl, tokens in itertools.product(
+        ("fp32", "fp16", "int8"), ("nearest", "stochastic"), (False, True), (1, 6)
+    ):
+        if (state, rounding) == ("fp32", "stochastic"):
+            continue
+        config = KernelConfig(state_dtype=state, rounding=rounding, pdl=pdl, ntokens=tokens)
+        for plan in entrants(config, SM_90, FEW, []):
+            work = SSU.work(config, plan)
+            assert all(v >= 0 for v in dataclasses.asdict(work).values())
+            assert work.bytes > config.dim * config.dstate
+            low, high = (estimate(work, SM_90)(n) for n in (100, 100_000))
+            assert 0 < low < high
