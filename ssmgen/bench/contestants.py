@@ -12,7 +12,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .problem import POOL_BYTES, Problem
+from .problem import POOL_BYTES, Problem, Returned
 
 __all__ = ["COPY", "NAMES", "OURS", "Adapter", "Calls", "Missing", "adapter", "forgiven",
            "versions"]  # fmt: skip
@@ -46,6 +46,7 @@ def copy(problem: Problem) -> Calls:
 
 
 def _public(name: str, module: str, function: str = "selective_state_update") -> Any:
+    """A peer's function."""
     try:
         return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
@@ -113,8 +114,152 @@ def mamba_ssm_ssu(problem: Problem) -> Calls:
     return _every(problem, function, lambda a: {n: a[n] for n in COMMON if n in a})
 
 
+GATED = ("q", "k", "v", "A_log", "a", "dt_bias", "b", "use_qk_l2norm")
+
+
+def _gated(name: str, config: Any) -> None:
+    """Raise `Missing` unless a config is what all peers do of gated delta nets: slots of (V, K)
+    states, of rows that are equally long, with the gates computed in the kernel."""
+    if config.gate != "softplus" or config.kda or not config.has_dt_bias:
+        raise Missing(f"{name} is measured with the decay -exp(A_log) softplus(a + dt_bias)")
+    if config.rounding == "stochastic":
+        raise Missing(f"{name} is measured with rounding to nearest")
+    if config.state_layout != "VK" or config.grouped:
+        raise Missing(f"{name} is measured with (V, K) states and q, k and v one after another")
+    if config.index_dtype is None or config.seqlens_dtype or not config.update_state:
+        raise Missing(f"{name} is measured with slots that are read and written, without sequences")
+    if config.has_intermediate or (config.has_dst and not config.dst_tokens):
+        raise Missing(f"{name} is measured without snapshots and with slots of its own")
+
+
+def _tokens(arguments: dict[str, Any], many: bool) -> dict[str, Any]:
+    """The inputs of a row with an axis of tokens, as `output`, where it has one token too."""
+    per_row = {name: arguments[name] for name in ("q", "k", "v", "a", "b")}
+    per_row["output"] = arguments["out"]
+    if not many:
+        per_row = {name: tensor.unsqueeze(1) for name, tensor in per_row.items()}
+    return {**{name: arguments[name] for name in GATED}, **per_row}
+
+
+def flashinfer_gdn(problem: Problem) -> Calls:
+    """Where a row starts from an accepted token, its slot is looked up before, out of the time."""
+    config: Any = problem.config
+    one = "gated_delta_rule_decode_pretranspose"
+    function = _public(
+        "flashinfer", "flashinfer.gdn_decode", "gated_delta_rule_mtp" if config.many else one
+    )
+    _gated("flashinfer", config)
+    if (config.head_k_dim, config.head_v_dim) != (128, 128):
+        raise Missing("flashinfer is measured with K = V = 128")
+    if config.many and config.state_dtype != "fp32":
+        raise Missing(f"flashinfer has no {config.state_dtype} states for several tokens")
+
+    def take(given: dict[str, Any]) -> dict[str, Any]:
+        slots = given["state_batch_indices"]
+        pool = {"initial_state": given["state"], "scale": config.head_k_dim**-0.5}
+        if config.accepted_dtype:
+            column = given["num_accepted_tokens"].long().sub(1).unsqueeze(1)
+            slots = slots.gather(1, column)[:, 0]
+        pool["initial_state_indices"] = slots
+        if not config.many:
+            pool["state"] = None
+        else:
+            pool["disable_state_update"] = False
+            if config.dst_tokens:
+                pool["ssm_state_indices"] = given["dst_state_batch_indices"].int()
+        return {**_tokens(given, config.many), **pool}
+
+    return _every(problem, function, take)
+
+
+def vllm_gdn(problem: Problem) -> Calls:
+    name = "fused_recurrent_gated_delta_rule_packed_decode"
+    try:
+        function = _public("vllm", "vllm.third_party.flash_linear_attention.ops", name)
+    except Missing:
+        # Its place in earlier versions.
+        function = _public("vllm", "vllm.model_executor.layers.fla.ops", name)
+    config: Any = problem.config
+    _gated("vllm", config)
+    if config.many or config.accepted_dtype:
+        raise Missing("vllm's packed decode has one token a row, and no accepted ones")
+    packed: Any = problem
+
+    def take(given: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "mixed_qkv": packed.packed,
+            **{n: given[n] for n in ("a", "b", "A_log", "dt_bias")},
+            "scale": config.head_k_dim**-0.5,
+            "initial_state": given["state"],
+            "out": given["out"].unsqueeze(1),
+            "ssm_state_indices": given["state_batch_indices"],
+            "use_qk_l2norm_in_kernel": config.use_qk_l2norm,
+        }
+
+    return _every(problem, function, take)
+
+
+def fla_gdn(problem: Problem) -> Calls:
+    """fla has no slots, and returns its states: it is given those of the slots in one tensor, and
+    the gates, and the time is without the copies from and to slots that an engine would need."""
+    import torch
+
+    from ..reference.gdn import delta_gates
+
+    function = _public("fla", "fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    config: Any = problem.config
+    _gated("fla", config)
+    if config.state_dtype != "fp32":
+        raise Missing(f"fla returns fp32 states, not {config.state_dtype}")
+    if config.accepted_dtype or config.has_dst:
+        raise Missing("fla keeps the state after the last token alone, and knows no accepted ones")
+    kept: list[Returned | None] = [None] * problem.sets
+
+    def call(which: int) -> Returned:
+        out, states = function(**calls[which])
+        # What is returned stays, so that no launch writes where another has just written.
+        kept[which] = found = Returned(out, states.transpose(-1, -2))
+        return found
+
+    def take(given: dict[str, Any]) -> dict[str, Any]:
+        rows = _tokens(given, config.many)
+        g, beta = delta_gates(rows["A_log"], rows["a"], rows["dt_bias"], rows["b"])
+        states = given["state"][given["state_batch_indices"].long()]
+        return {
+            **{name: rows[name] for name in ("q", "k", "v")},
+            "g": g,
+            "beta": beta,
+            "scale": config.head_k_dim**-0.5,
+            "initial_state": states.transpose(-1, -2).contiguous(),
+            "output_final_state": True,
+            "use_qk_l2norm_in_kernel": config.use_qk_l2norm,
+        }
+
+    with torch.no_grad():
+        calls = [take(problem.arguments(which)) for which in range(problem.sets)]
+    return [functools.partial(call, which) for which in range(problem.sets)]
+
+
+def vllm_conv1d(problem: Problem) -> Calls:
+    function = _public(
+        "vllm", "vllm.model_executor.layers.mamba.ops.causal_conv1d", "causal_conv1d_update"
+    )
+    config: Any = problem.config
+    if config.prefill or config.seqlens_dtype:
+        raise Missing("vllm is measured with decode, of rows that are equally long")
+    if config.index_dtype is None or config.has_dst:
+        raise Missing("vllm is measured with slots of which each is read and written")
+    if config.counts_dtype or config.depth != config.width - 1:
+        raise Missing("vllm has windows that are aligned left alone")
+    names = ("x", "conv_state", "weight", "bias", "activation", "conv_state_indices",
+             "num_accepted_tokens", "out")  # fmt: skip
+    return _every(problem, function, lambda a: {n: a[n] for n in names if n in a})
+
+
 PEERS: dict[str, dict[str, Adapter]] = {
     "ssu": {"flashinfer": flashinfer_ssu, "vllm": vllm_ssu, "mamba_ssm": mamba_ssm_ssu},
+    "gdn": {"flashinfer": flashinfer_gdn, "vllm": vllm_gdn, "fla": fla_gdn},
+    "conv1d": {"vllm": vllm_conv1d},
 }
 NAMES = (OURS, "flashinfer", "vllm", "mamba_ssm", "fla", COPY)
 DISTRIBUTIONS = {"flashinfer": "flashinfer-python", "vllm": "vllm", "mamba_ssm": "mamba-ssm",

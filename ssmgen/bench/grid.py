@@ -10,9 +10,12 @@ from typing import Any
 
 from ..config import KernelConfig
 from ..errors import ConfigError
+from ..families.conv1d.config import Conv1dConfig
+from ..families.gdn.config import GdnConfig
 from ..families.ssu.config import SsuConfig
 
-__all__ = ["AXES", "GRIDS", "SECTIONS", "Cell", "Grid", "Wanted", "config_of", "parse_state"]
+__all__ = ["AXES", "GRIDS", "SECTIONS", "Cell", "Grid", "Wanted", "config_of", "gdn_config",
+           "key_heads", "parse_state"]  # fmt: skip
 
 SHAPES = ((128, 64), (16, 64), (128, 80))  # nheads, dim
 STATES = (
@@ -32,6 +35,13 @@ STATES = (
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = (2, 4, 6, 8)
 WRITES = ("last only", "every token")
+# Value heads of a gated delta net to its key heads: Qwen3-Next's, those of its larger relatives,
+# and what four GPUs have of each.
+KEY_HEADS = {32: 16, 48: 16, 64: 16, 8: 4, 12: 4, 16: 4}
+# Channels of the convolutions before those: q, k and v with heads of 128.
+CHANNELS = tuple((2 * k + v) * 128 for v, k in KEY_HEADS.items())
+# Plain decode, and a step that verifies three drafts.
+STEPS = (1, 4)
 # How the cost of one kernel grows: what is varied, what the other sizes are then.
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
@@ -45,12 +55,13 @@ BASE = {"batch": 64, "heads": 64, "dim": 64, "dstate": 128, "tokens": 1}
 
 @dataclass(frozen=True)
 class Cell:
-    """One config at one size. `key` is what tables call it."""
+    """One config at one size. `key` is what tables call it; `shape` what the config leaves open."""
 
     config: KernelConfig
     batch: int
     nheads: int
     key: tuple[tuple[str, Any], ...]
+    shape: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,10 +110,31 @@ def parse_state(text: str) -> str:
 
 def config_of(label: str, **fields: Any) -> SsuConfig:
     """The config of a state's label."""
+    return SsuConfig(**_state(label), **fields)
+
+
+def gdn_config(label: str, tokens: int = 1, **fields: Any) -> GdnConfig:
+    """The config of a state's label in a gated delta net. With several tokens it is that of a step
+    that verifies drafts: a row starts from the last accepted token of the step before, and each
+    token has a slot of its own."""
+    if tokens > 1:
+        fields |= {"ntokens": tokens, "has_dst": True, "dst_tokens": True,
+                   "accepted_dtype": "int32"}  # fmt: skip
+    return GdnConfig(**_state(label), **fields)
+
+
+def _state(label: str) -> dict[str, Any]:
     state, _, rounds = label.partition(" + SR ")
-    if rounds:
-        fields |= {"rounding": "stochastic", "philox_rounds": int(rounds)}
-    return SsuConfig(state_dtype=state, **fields)
+    nearest: dict[str, Any] = {"state_dtype": state}
+    if not rounds:
+        return nearest
+    return {**nearest, "rounding": "stochastic", "philox_rounds": int(rounds)}
+
+
+def key_heads(nheads: int) -> int:
+    """Key heads of a gated delta net with so many value heads: those of `KEY_HEADS`, else half of
+    them, or as many if that is no number."""
+    return KEY_HEADS.get(nheads, nheads if nheads % 2 else nheads // 2)
 
 
 def _pick(wanted: Sequence[Any] | None, whole: Iterable[Any], quick: Iterable[Any] | None) -> Any:
@@ -166,6 +198,41 @@ def scaling(wanted: Wanted) -> list[Cell]:
     return cells
 
 
+def gdn(wanted: Wanted) -> list[Cell]:
+    """Gated delta nets with K = V = 128: one token a row, and the verification of drafts."""
+    quick = wanted.quick
+    heads = _pick(wanted.heads, KEY_HEADS, (32,) if quick else None)
+    states = _pick(wanted.states, ("fp32", "bf16"), None)
+    counts = _pick(wanted.tokens, STEPS, (1,) if quick else None)
+    batches = _pick(wanted.batches, BATCHES, (1, 16, 256) if quick else None)
+    return [
+        Cell(
+            gdn_config(state, count), batch, n,
+            (("k_heads", key_heads(n)), ("heads", n), ("state", state), ("tokens", count),
+             ("batch", batch)),
+            (("k_heads", key_heads(n)),),
+        )
+        for n, state, count, batch in itertools.product(heads, states, counts, batches)
+    ]  # fmt: skip
+
+
+def conv1d(wanted: Wanted) -> list[Cell]:
+    """The convolutions ahead of those: width 4, bf16; several tokens with accepted ones."""
+    quick = wanted.quick
+    dims = _pick(wanted.dims, CHANNELS, CHANNELS[:1] if quick else None)
+    counts = _pick(wanted.tokens, STEPS, (1,) if quick else None)
+    batches = _pick(wanted.batches, BATCHES, (1, 16, 256) if quick else None)
+    cells = []
+    for dim, count, batch in itertools.product(dims, counts, batches):
+        many = count > 1
+        config = Conv1dConfig(
+            many=many, accepted_dtype="int32" if many else None, aligned=dim % 8 == 0
+        )
+        key = {"dim": dim, "tokens": count, "batch": batch}
+        cells.append(Cell(config, batch, dim, tuple(key.items()), (("tokens", count),)))
+    return cells
+
+
 Part = tuple[str, Callable[[dict[str, Any]], bool]]
 
 
@@ -188,6 +255,10 @@ class Grid:
     over: str = "batch"
 
 
+STEP_MEANS: tuple[Part, ...] = (
+    (", one token", lambda cell: cell["tokens"] == 1),
+    (", several tokens", lambda cell: cell["tokens"] > 1),
+)
 GRIDS = {
     "ssu": Grid(
         ssu,
@@ -212,5 +283,21 @@ GRIDS = {
         ),
     ),
     "scaling": Grid(scaling, ("axis", "state"), ("value",), "state", ("states",), over="value"),
+    "gdn": Grid(
+        gdn,
+        ("k_heads", "heads"),
+        ("state", "tokens", "batch"),
+        "tokens",
+        ("heads", "states", "batches", "tokens"),
+        STEP_MEANS,
+    ),
+    "conv1d": Grid(
+        conv1d,
+        ("dim",),
+        ("tokens", "batch"),
+        "tokens",
+        ("dims", "batches", "tokens"),
+        STEP_MEANS,
+    ),
 }
-SECTIONS = ("ssu", "tokens", "chain", "host", "jit", "scaling")
+SECTIONS = ("ssu", "tokens", "gdn", "conv1d", "chain", "host", "jit", "scaling")

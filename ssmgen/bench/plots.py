@@ -49,18 +49,24 @@ def plot(result: Result, folder: str | Path, wanted: Wanted = EVERYTHING) -> lis
 
 
 def _picture(grid: Grid, cell: Cell) -> tuple[str, ...]:
-    """The parts of a picture's name: the layer's shape, and the state dtype."""
+    """The parts of a picture's name: the layer's shape, and the state dtype if they differ."""
     parts = []
     for name in grid.group:
         if name == "state":
             continue
         if name == "heads":
             parts.append(f"{cell['heads']} heads")
+        elif name == "k_heads":
+            parts.append(f"{cell['k_heads']} key heads")
+        elif name == "dim" and "heads" not in grid.group:
+            parts.append(f"{cell['dim']} channels")
         elif name != "dim":
             parts.append(str(cell[name]))
         elif cell["dim"] != 64:
             parts.append(f"dim {cell['dim']}")
-    return (*parts, cell["state"].partition(" ")[0])
+    if "state" in cell:
+        parts.append(cell["state"].partition(" ")[0])
+    return tuple(parts)
 
 
 def _draw(path: Path, title: str, grid: Grid, cells: Sequence[Cell]) -> None:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..arch import Arch
@@ -21,13 +22,22 @@ from ..plan import Plan, dispatch
 if TYPE_CHECKING:
     from ..launcher import Function
 
-__all__ = ["POOL_BYTES", "Launch", "Problem", "make", "plan_of", "planned"]
+__all__ = ["POOL_BYTES", "Launch", "Problem", "Returned", "make", "plan_of", "planned"]
 
 # Larger than the L2 of any GPU, several times over.
 POOL_BYTES = 512 * 2**20
 
 # Runs slot set i.
 Launch = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a launch returns that writes no slot: the output, and the state of each row after its
+    last token, which `Problem.verify` puts into the slots."""
+
+    out: Any
+    states: Any
 
 
 class Problem(ABC):
@@ -68,9 +78,9 @@ class Problem(ABC):
     def verify(self, launch: Launch, which: int = 0, rows: int = 32, forgiven: float = 0.0) -> str:
         """Run ``launch(which)`` on poisoned outputs and compare it with fp64.
 
-        Where it returns a tensor, that is the output. What is compared is `rows` rows of the
-        batch. State elements may be off by `forgiven` besides what rounding allows. Returns what
-        is wrong, or "".
+        Where it returns a tensor, that is the output, or it returns it with the states
+        (`Returned`). What is compared is `rows` rows of the batch, or more. State elements may be
+        off by `forgiven` besides what rounding allows. Returns what is wrong, or "".
         """
 
 
@@ -83,7 +93,8 @@ def make(
     pool_bytes: int = POOL_BYTES,
     **shape: int,
 ) -> Problem:
-    """The problem of a config; `shape` is what the family's config leaves open (ssu: ngroups).
+    """The problem of a config; `shape` is what the family's config leaves open (ssu:
+    ngroups, gdn: k_heads, conv1d: tokens).
 
     Raises `UnsupportedError` for a family that has no problems.
     """

@@ -177,7 +177,11 @@ def line(cell: Cell) -> str:
 def _title(named: dict[str, Any]) -> str:
     if "axis" in named:
         return f"{named['axis']}, {named['state']} state"
+    if "heads" not in named:
+        return f"{named['dim']} channels"
     title = f"{named['heads']} heads"
+    if "k_heads" in named:
+        return f"{named['k_heads']} key heads, {named['heads']} value heads"
     if named.get("dim", 64) != 64:
         title += f", dim {named['dim']}"
     return title + (f", {named['writes']}" if "writes" in named else "")
@@ -262,13 +266,19 @@ def _faults(cells: Iterable[Cell]) -> list[str]:
 
 def _chain_tables(result: Result, wanted: Wanted) -> list[Table]:
     cells = [cell for cell in result["cells"] if wanted.takes(cell)]
-    names = list(dict.fromkeys(name for cell in cells for name in cell["us"]))
-    rows = [
-        [cell["heads"], cell["batch"],
-         *(f"{cell['us'][n]:.2f}" if n in cell["us"] else "wrong" for n in names)]
-        for cell in cells
-    ]  # fmt: skip
-    return [Table("", ["heads", "batch", *names], rows, _faults(cells))]
+    found = []
+    # Older results have one chain, and do not name it.
+    for op in dict.fromkeys(cell.get("op") for cell in cells):
+        chosen = [cell for cell in cells if cell.get("op") == op]
+        names = list(dict.fromkeys(name for cell in chosen for name in cell["us"]))
+        rows = [
+            [cell["heads"], cell["batch"],
+             *(f"{cell['us'][n]:.2f}" if n in cell["us"] else "wrong" for n in names)]
+            for cell in chosen
+        ]  # fmt: skip
+        title = f"conv and {op}" if op else ""
+        found.append(Table(title, ["heads", "batch", *names], rows, _faults(chosen)))
+    return found
 
 
 def markdown(results: Sequence[Result], wanted: Wanted = EVERYTHING) -> str:

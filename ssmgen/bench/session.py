@@ -111,6 +111,7 @@ def _measured(cell: Cell, session: Session) -> dict[str, Any]:
             cell.nheads,
             device=session.device,
             pool_bytes=session.pool_bytes,
+            **dict(cell.shape),
         )
     except torch.OutOfMemoryError:
         reason = "the problem does not fit into the memory of this GPU"

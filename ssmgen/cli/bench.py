@@ -35,14 +35,18 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="SECTION",
-            help="ssu (the default), tokens, chain, host, jit, scaling; or all.",
+            help="ssu (the default), tokens, gdn, conv1d, chain, host, jit, scaling; or all.",
         ),
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Heads of a layer: 128,16.")
+        str | None,
+        typer.Option(metavar="N,N", help="Heads of a layer, of gdn value heads: 128,16."),
     ] = None,
     dims: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Sizes of a head, of ssu: 64,80.")
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Sizes of a head, of ssu: 64,80; channels, of conv1d: 8192."
+        ),
     ] = None,
     states: Annotated[
         str | None,
@@ -56,7 +60,7 @@ def bench(
         str | None, typer.Option(metavar="N,N", help="Batch sizes: 1,16,256.")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Tokens a row, of tokens: 2,4,8.")
+        str | None, typer.Option(metavar="N,N", help="Tokens a row, of tokens, gdn, conv1d: 2,4.")
     ] = None,
     contestants: Annotated[
         str | None,
@@ -101,10 +105,11 @@ def bench(
     """Measure the kernels on this GPU, beside other libraries and beside a copy of the same bytes.
 
     **ssu**: one token a row, by state dtype, rounding and batch. **tokens**: several tokens a row.
-    **chain**: a convolution and the op after it in one graph, with and without programmatic
-    dependent launch. **host**: what calls cost on the CPU. **jit**: what a kernel costs before its
-    first launch; needs no GPU. **scaling**: how the time grows with batch, heads, dim, dstate and
-    tokens.
+    **gdn**: gated delta nets, one token a row and the verification of drafts. **conv1d**: the
+    convolutions ahead of those. **chain**: a convolution and the op after it in one graph, with and
+    without programmatic dependent launch. **host**: what calls cost on the CPU. **jit**: what a
+    kernel costs before its first launch; needs no GPU. **scaling**: how the time grows with batch,
+    heads, dim, dstate and tokens.
 
         ssmgen bench --quick
 

@@ -10,11 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from ssmgen.arch import Arch
-from ssmgen.bench.grid import config_of
+from ssmgen.bench.chain import OPS, Links
+from ssmgen.bench.grid import config_of, gdn_config
 from ssmgen.bench.measure import cold, interleaved
 from ssmgen.bench.problem import make, plan_of, planned
 from ssmgen.bench.session import contest
 from ssmgen.cli import app
+from ssmgen.families.conv1d.config import Conv1dConfig
 from ssmgen.kernel import build
 from ssmgen.launcher import load
 from ssmgen.timing import Graph, copy_bandwidth, time_graph
@@ -78,6 +80,40 @@ def test_the_op_and_a_planned_launch_are_right_on_every_kind_of_problem(fields):
     assert len(cold(launch, problem.sets)) == problem.sets
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        gdn_config("fp32"),
+        gdn_config("bf16", 4),
+        gdn_config("fp32", state_layout="KV", grouped=True, index_dtype=None),
+        gdn_config("bf16 + SR 10", ntokens=3, seqlens_dtype="int32", has_intermediate=True,
+                   update_state=False, entry_dtype="int64"),
+        gdn_config("fp16", kda=True, gate="given", aligned=False),
+        Conv1dConfig(),
+        Conv1dConfig(many=True, accepted_dtype="int32", index_dtype="int64"),
+        Conv1dConfig(width=6, depth=9, packed_channels=False, index_dtype=None),
+        Conv1dConfig(many=True, seqlens_dtype="int32", counts_dtype="int64", has_bias=True),
+        Conv1dConfig(many=True, prefill=True, has_initial=True, seqlens_dtype="int32"),
+        Conv1dConfig(many=True, prefill=True, history="rows", update_state=False, index_dtype=None),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_every_kind_of_problem_of_the_other_families_is_right(config):
+    heads = 6 if config.family == "gdn" else 192
+    problem = make(config, 37, heads, pool_bytes=2**22)
+    assert problem.verify(problem.launch) == ""
+    assert problem.verify(problem.launch, problem.sets - 1) == ""
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("name", OPS)
+def test_a_chain_is_right(name, pdl):
+    if pdl and not Arch.detect().pdl:
+        pytest.skip("this GPU has no programmatic dependent launch")
+    problem = OPS[name][0](5, 8, pool_bytes=2**22)
+    assert Links(problem).check(pdl) == ""
+
+
 def test_a_wrong_launch_is_seen():
     problem = make(config_of("fp16"), 64, 8, pool_bytes=2**22)
 
@@ -94,6 +130,8 @@ def test_a_wrong_launch_is_seen():
     [
         ["ssu", "--heads", "16", "--states", "fp16,int8+sr", "--batches", "1,16"],
         ["tokens", "--heads", "16", "--states", "fp16", "--tokens", "2,6", "--batches", "4"],
+        ["gdn", "--heads", "8", "--tokens", "1,4", "--batches", "1,16"],
+        ["conv1d", "--dims", "2048", "--tokens", "1,4", "--batches", "1,16"],
         ["chain", "--heads", "16", "--batches", "1,4"],
         ["host"],
     ],
@@ -112,7 +150,9 @@ def test_a_section_runs_from_the_command_to_its_file(arguments, tmp_path):
         assert not cell["wrong"]
         assert all(us > 0 for us in cell["us"].values())
     if arguments[0] == "chain":
-        assert all(len(cell["us"]) == 4 for cell in content["cells"])
+        expected = 4 if Arch.detect().pdl else 3
+        assert all(len(cell["us"]) == expected for cell in content["cells"])
+        assert [cell["op"] for cell in content["cells"]] == ["SSU", "SSU", "GDN", "GDN"]
     if arguments[0] == "host":
         assert {"ssmgen op call", "ssmgen bound launch"} <= {r["name"] for r in content["rows"]}
     shown = CliRunner().invoke(app, ["bench", "--table", str(where)])

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ...families.ssu.config import ITEMSIZE, SCALED, SsuConfig
-from ...reference import quantise
-from ..problem import POOL_BYTES, Launch, Problem
+from ...reference import quantise, ssu_step
+from ...reference.tables import Rows, read_tables
+from ..problem import POOL_BYTES
+from ._inputs import DTYPES, SlotProblem, integers_of
 
 __all__ = ["PROBLEM", "SsuProblem", "moved"]
 
@@ -21,14 +23,9 @@ Tensor = torch.Tensor
 MOST_SETS = 2048
 # Elements of a pool that are drawn at once.
 CHUNK = 2**24
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-}
+TABLES = ("state_batch_indices", "dst_state_batch_indices", "intermediate_states_buffer",
+          "intermediate_state_indices", "cu_seqlens", "cache_steps", "num_accepted_tokens",
+          "parent_tokens")  # fmt: skip
 # What the op takes where nothing is said.
 SWITCHES = {
     "dt_softplus": False,
@@ -67,7 +64,7 @@ def moved(config: SsuConfig, batch: int, nheads: int, ngroups: int | None = None
     return total + 8 * (c.rounding == "stochastic")
 
 
-class SsuProblem(Problem):
+class SsuProblem(SlotProblem):
     """Calls of selective_state_update.
 
     x, B and C are views of one tensor, `packed`, as the convolution before them leaves it. With
@@ -117,8 +114,8 @@ class SsuProblem(Problem):
         self.sources = self.targets = None
         if c.index_dtype is None:
             return
-        order = torch.randperm(slots - 1, generator=self._generator, device=self.device) + 1
-        table = order.view(self.sets, b, each).to(getattr(torch, c.index_dtype))
+        order = self._order(slots - 1) + 1
+        table = order.view(self.sets, b, each).to(integers_of(c.index_dtype))
         sources, targets = table.split([self._width, targets], dim=-1)
         self.sources = (sources if c.accepted_dtype else sources[..., 0]).contiguous()
         if c.has_dst:
@@ -179,8 +176,7 @@ class SsuProblem(Problem):
         if c.has_dt_bias:
             self.inputs["dt_bias"] = bias.to(weight).expand(h, c.dim)
         if c.seqlens_dtype:
-            ends = torch.arange(self.batch + 1, device=self.device) * c.ntokens
-            self.inputs["cu_seqlens"] = ends.to(getattr(torch, c.seqlens_dtype))
+            self.inputs["cu_seqlens"] = self._ends(c.seqlens_dtype, c.ntokens)
         if c.accepted_dtype:
             self.inputs["num_accepted_tokens"] = self._integers(
                 c.accepted_dtype, 1, torch.full((self.batch,), c.ntokens)
@@ -203,27 +199,8 @@ class SsuProblem(Problem):
         if self.scale is not None:
             self.buffer_scale = torch.empty(shape[:-1], device=self.device)
         if c.entry_dtype:
-            order = torch.randperm(entries, generator=self._generator, device=self.device)
-            self.entries = order.view(turns, self.batch).to(getattr(torch, c.entry_dtype))
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device=self.device)
-
-    def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        drawn = torch.rand(shape, generator=self._generator, device=self.device)
-        return low + (high - low) * drawn
-
-    def _integers(self, dtype: str, least: int, count: Tensor) -> Tensor:
-        """One of the `count` integers from `least` up, for each of `count`."""
-        drawn = torch.rand(count.shape, generator=self._generator, device=self.device)
-        return (least + (drawn * count.to(self.device)).floor()).to(getattr(torch, dtype))
-
-    def _placed(self, *shape: int) -> Tensor:
-        """Memory of the input dtype, at a multiple of 16 bytes, or not if the config is not."""
-        off = 0 if self.config.aligned else 1
-        flat = torch.empty(math.prod(shape) + off, dtype=DTYPES[self.config.dtype],
-                           device=self.device)  # fmt: skip
-        return flat[off:].view(shape)
+            order = self._order(entries)
+            self.entries = order.view(turns, self.batch).to(integers_of(c.entry_dtype))
 
     def arguments(self, which: int) -> dict[str, Any]:
         c = self.config
@@ -269,10 +246,25 @@ class SsuProblem(Problem):
         }
         return functools.partial(selective_state_update, **given)
 
-    def verify(self, launch: Launch, which: int = 0, rows: int = 32, forgiven: float = 0.0) -> str:
-        from ._ssu_check import Check
+    def rows(self, arguments: dict[str, Any]) -> Rows:
+        given = {name: arguments[name] for name in TABLES if arguments.get(name) is not None}
+        return read_tables(arguments["x"], len(arguments["state"]), -1, **given)
 
-        return Check(self, which, rows, forgiven).run(launch)
+    def step(self, keep: Tensor, token: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c, inputs = self.config, self.inputs
+
+        def rows(name: str) -> Any:
+            if name not in inputs:
+                return None
+            shape = (self.batch, c.ntokens, *inputs[name].shape[-2:])
+            return inputs[name].reshape(shape)[keep, token]
+
+        y, new = ssu_step(
+            state, rows("x"), rows("dt"), inputs["A"], rows("B"), rows("C"), inputs.get("D"),
+            rows("z"), inputs.get("dt_bias"), dt_softplus=c.dt_softplus,
+            compute_dtype=torch.float64,
+        )  # fmt: skip
+        return y, new, new.abs()
 
 
 PROBLEM = SsuProblem

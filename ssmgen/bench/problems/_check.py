@@ -1,4 +1,4 @@
-"""Whether a launch of an `SsuProblem` was right, by fp64.
+"""Whether a launch of a `SlotProblem` was right, by fp64.
 
 Bounds are wide enough for kernels built with fast-math. An output may be off by two units of its
 dtype; a state element by two units of its storage, by 2^-13 of what was added up to it (a softplus
@@ -12,33 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...families.ssu.config import SCALED
-from ...reference import dequantise, ssu_step
-from ...reference.tables import Rows, read_tables
-from ..problem import Launch
+from ...reference import dequantise
+from ..problem import Launch, Returned
 
 if TYPE_CHECKING:
-    from .ssu import SsuProblem
+    from ._inputs import SlotProblem
 
-__all__ = ["Check"]
+__all__ = ["UNITS", "Check"]
 
 Tensor = torch.Tensor
 Memory = tuple[Any, Any]  # states, and their scales or None
 UNITS = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 2.0**-12}
+# The largest code of a dtype with scales; of the top binade of e4m3 the number of steps.
+CODES = {"int16": 32767, "int8": 127, "fp8_e4m3fn": 14}
 
 
 class Check:
     """One check: some rows of one slot set."""
 
-    def __init__(self, problem: SsuProblem, which: int, rows: int, forgiven: float) -> None:
-        self.problem, self.which, self.config = problem, which, problem.config
+    def __init__(self, problem: SlotProblem, which: int, rows: int, forgiven: float) -> None:
+        self.problem, self.which = problem, which
+        self.config: Any = problem.config
         self.absolute = 2.0**-24 + forgiven
         arguments = problem.arguments(which)
-        self.tables = _tables(arguments)
-        self.pool: Memory = (arguments["state"], arguments["state_scale"])
+        self.tables = problem.rows(arguments)
+        self.pool: Memory = (arguments["state"], arguments.get("state_scale"))
         self.buffer: Memory = (
             arguments["intermediate_states_buffer"],
-            arguments["intermediate_state_scales"],
+            arguments.get("intermediate_state_scales"),
         )
         self.keep = self._chosen(rows)
         # The places that the rows of the whole batch write.
@@ -57,6 +58,10 @@ class Check:
         result = launch(self.which)
         if out.is_cuda:
             torch.cuda.synchronize()
+        if isinstance(result, Returned):
+            among, slots = self.tables.targets(self.config.ntokens - 1)
+            self.pool[0][slots] = result.states[among].to(self.pool[0].dtype)
+            result = result.out
         if isinstance(result, Tensor) and result.data_ptr() != out.data_ptr():
             out.copy_(result.view_as(out))
         if not torch.isfinite(out).all():
@@ -64,9 +69,9 @@ class Check:
         return self._wrong_values(start) or self._wrong_places(before)
 
     def _wrong_values(self, start: Tensor) -> str:
-        c, keep, inputs = self.config, self.keep, self.problem.inputs
-        x, dt, B, C, z = (self._rows(inputs.get(n)) for n in ("x", "dt", "B", "C", "z"))
-        out = self._rows(self.problem.out).double()
+        c, keep = self.config, self.keep
+        shape = (self.problem.batch, c.ntokens, *self.problem.out.shape[-2:])
+        out = self.problem.out.reshape(shape)[keep].double()
         # Of each row the state before its tokens, then after each, and the magnitudes in it.
         states, sums = [start], [start.abs()]
         for token in range(c.ntokens):
@@ -75,12 +80,8 @@ class Check:
                 parents = (self.tables.parents[keep, token] + 1).tolist()
                 h = torch.stack([states[p][i] for i, p in enumerate(parents)])
                 terms = torch.stack([sums[p][i] for i, p in enumerate(parents)])
-            y, new = ssu_step(
-                h, x[:, token], dt[:, token], inputs["A"], B[:, token], C[:, token],
-                inputs.get("D"), None if z is None else z[:, token], inputs.get("dt_bias"),
-                dt_softplus=c.dt_softplus, compute_dtype=torch.float64,
-            )  # fmt: skip
-            terms = terms + new.abs()
+            y, new, magnitude = self.problem.step(keep, token, h)
+            terms = terms + magnitude
             of = f" of token {token}" if c.many else ""
             error = ((out[:, token] - y).abs() - UNITS[c.dtype] * y.abs()).max().item()
             if not error <= 1e-4:
@@ -129,10 +130,8 @@ class Check:
     def _unit(self, values: Tensor) -> Tensor:
         """The distance of neighbouring numbers of the state's dtype, at most, at `values`."""
         state = self.config.state_dtype
-        if state in SCALED:
-            # A row's largest element is the largest code, of whose top binade e4m3 has 14 steps.
-            largest = {"int16": 32767, "int8": 127, "fp8_e4m3fn": 14}[state]
-            return (values.abs().amax(-1, keepdim=True) / largest).expand_as(values)
+        if state in CODES:
+            return (values.abs().amax(-1, keepdim=True) / CODES[state]).expand_as(values)
         return values.abs() * 2.0 ** -{"fp32": 23, "fp16": 10, "bf16": 7}[state]
 
     def _chosen(self, rows: int) -> Tensor:
@@ -147,36 +146,28 @@ class Check:
             far.append(among[entries.argmax()])
         return torch.cat([chosen, torch.stack(far)]).unique()
 
-    def _rows(self, tensor: Tensor | None) -> Any:
-        """The chosen rows of an input or the output, with an axis of tokens."""
-        if tensor is None:
-            return None
-        shape = (self.problem.batch, self.config.ntokens, *tensor.shape[-2:])
-        return tensor.reshape(shape)[self.keep]
 
-
-def _tables(arguments: dict[str, Any]) -> Rows:
-    names = ("state_batch_indices", "dst_state_batch_indices", "intermediate_states_buffer",
-             "intermediate_state_indices", "cu_seqlens", "cache_steps", "num_accepted_tokens",
-             "parent_tokens")  # fmt: skip
-    given = {n: arguments[n] for n in names if arguments.get(n) is not None}
-    return read_tables(arguments["x"], len(arguments["state"]), -1, **given)
+def _packed(tensor: Tensor) -> Tensor:
+    """`tensor` with its packed axis last: a (V, K) matrix may lie as (K, V)."""
+    return tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
+    return _packed(tensor).view(torch.uint8)
 
 
 def _stored(state: Tensor, scale: Tensor | None, at: Tensor) -> Tensor:
     """The states of slots or entries in fp64."""
     # Not every device can index fp8.
     rows = _bytes(state)[at].view(state.dtype)
+    if state.stride(-1) != 1:
+        rows = rows.transpose(-1, -2)
     return rows.double() if scale is None else dequantise(rows, scale[at], torch.float64)
 
 
 def _checksums(state: Tensor, scale: Tensor | None) -> Tensor:
     """Of each slot a sum over its bits."""
-    total = state.view(torch.int32).flatten(1).sum(-1)
+    total = _packed(state).view(torch.int32).flatten(1).sum(-1)
     return total if scale is None else total + scale.view(torch.int32).flatten(1).sum(-1)
 
 
