@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TORCH := $(if $(wildcard /dev/nvidiactl),2.11.0,2.13.0)
 
-ifneq ($(filter demo test test-gpu bench golden,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test test-all test-gpu bench golden,$(MAKECMDGOALS)),)
 SEES_GPU := $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo yes)
 endif
 
@@ -21,7 +21,7 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench golden clean
+.PHONY: help demo test test-all test-gpu lint bench golden clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ demo: $(READY)  ## Render, compile, cache and run a kernel, and check its answer
 
 test: $(READY)  ## Run the tests that need no GPU.
 	@$(RUN) -m pytest -n auto -m 'not gpu'
+
+test-all: $(READY)  ## The same, with every case of the products that test takes a cover of.
+	@SSMGEN_TEST_EVERY=1 $(RUN) -m pytest -n auto -m 'not gpu'
 
 test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'

@@ -137,9 +137,9 @@ def test_aligned_states_move_16_bytes_a_time(algorithm, state, rounding, sizes):
     assert found.wide_stores % found.tile == 0
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
-def test_unaligned_variants_compile_and_assume_no_alignment(arch, algorithm, state, rounding):
+def test_unaligned_variants_compile_and_assume_no_alignment(algorithm, state, rounding):
+    arch = "sm_80" if state in SCALED else "sm_90"
     found = for_largest(
         arch, algorithm=algorithm, state_dtype=state, rounding=rounding, aligned=False
     )
@@ -237,11 +237,13 @@ def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
     assert "st.global" in after
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+SIZES = ((80, 128), (96, 96), (160, 64), (192, 256), (512, 512), (8, 8))
+
+
 @pytest.mark.parametrize(
-    "sizes", [(80, 128), (96, 96), (160, 64), (192, 256), (512, 512), (8, 8)], ids=str
+    ("arch", "sizes", "algorithm"),
+    covering(("sm_80", "sm_90", "sm_120"), SIZES, ("simple", "vertical", "horizontal")),
 )
-@pytest.mark.parametrize("algorithm", ["simple", "vertical", "horizontal"])
 def test_odd_and_extreme_sizes_compile_without_spills(arch, sizes, algorithm):
     dim, dstate = sizes
     for state in ("bf16", "int8"):
