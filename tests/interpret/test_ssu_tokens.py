@@ -14,6 +14,7 @@ from ssmgen import Plan
 from ssmgen.errors import ArgumentValueError
 
 SMALL = {"nheads": 2, "ngroups": 1}
+MATRIX = {"algorithm": "matrix", "precision": "fast"}
 # As in test_ssu_interpret; a token's error is the larger the later it comes.
 DETERMINED = {"fp32": 0.0, "bf16": 0.99, "fp16": 0.95, "int16": 0.3, "int8": 0.99,
               "fp8_e4m3fn": 0.99}  # fmt: skip
@@ -63,6 +64,30 @@ def test_any_layout_is_right_and_touches_nothing_else(kind, served, **more):
 def test_any_number_of_tokens_is_right(tokens):
     call = make_tokens("fp32", tokens=tokens, batch=1, buffer=tokens, **SMALL)
     verify(call, call.interpreted())
+
+
+@pytest.mark.parametrize("name", ["x", "z"])
+@pytest.mark.parametrize("options", [{}, {"packed": True}, MATRIX], ids=["loop", "views", "matrix"])
+def test_out_may_be_x_or_z_itself(options, name):
+    call = make_tokens("fp32", tokens=3, z=True, **SMALL, **options)
+    want = call.interpreted()
+    call.tensors["out"] = call[name]
+    after = call.interpreted()
+    assert same(after["out"], want["out"])
+    assert same(after["state"], want["state"])
+
+
+def test_out_is_not_x_where_a_path_reads_x_again():
+    call = make_tokens("fp32", **KINDS["tree"], z=True)
+    want = call.interpreted()
+    call.tensors["out"] = call["z"]
+    assert same(call.interpreted()["out"], want["out"])
+    call.tensors["out"] = call["x"]
+    before = call.copy()
+    for refused in (call.layout, lambda: ssmgen.selective_state_update(**call.arguments())):
+        with pytest.raises(ArgumentValueError, match=r"out: found x itself; .* parent_tokens"):
+            refused()
+    assert all(same(before[name], call[name]) for name in call.tensors)
 
 
 # Bits that must agree
