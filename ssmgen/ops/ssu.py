@@ -10,7 +10,7 @@ from ..errors import ArgumentValueError, UnsupportedError
 from ..families.base import Layout
 from ..families.ssu.contract import ABI_TENSORS, check_dtypes, check_out, layout, normalise
 from ..reference.ssu import selective_state_update as reference
-from ..reference.tables import read_tables
+from ..reference.tables import check_apart, read_tables
 from .operation import Operation, require_tensor
 
 __all__ = ["selective_state_update"]
@@ -154,17 +154,19 @@ def _reference(arguments: dict[str, Any], described: Layout) -> None:
 
 
 def _check_tables(arguments: dict[str, Any]) -> None:
-    views = _views(arguments)
+    views, update = _views(arguments), not arguments["disable_state_update"]
     tables = {n: views[n] for n in _TABLES if n in views}
-    if arguments["disable_state_update"]:
+    if not update:
         tables.pop("dst_state_batch_indices", None)
-    read_tables(
+    rows = read_tables(
         views["x"],
         len(views["state"]),
         arguments["pad_slot_id"],
         cache_steps=arguments["cache_steps"],
         **tables,
     )
+    buffer = tables.get("intermediate_states_buffer", ())
+    check_apart(rows, len(views["state"]) if update else 0, len(buffer))
 
 
 _TABLES = (

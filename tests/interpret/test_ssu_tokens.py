@@ -320,3 +320,34 @@ def test_the_checked_mode_raises_where_the_kernel_would_give_nan(monkeypatch):
     with pytest.raises(ArgumentValueError, match="cu_seqlens: found a sequence of 5 tokens"):
         ssmgen.selective_state_update(**before.arguments())
     assert before["out"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"indices": [3, 3]}, "state_batch_indices: found slot 3, that two rows write"),
+        ({"indices": [1, 2], "dst": [4, 4]}, "dst_.*: found slot 4, that two rows write"),
+        ({"indices": [1, 2], "dst": [[4, 5], [6, 4]]}, "dst_.*: found slot 4, that two rows"),
+        ({"indices": [1, 2], "dst": [5, 1]}, "^state_.*: found slot 1, that another row writes"),
+        ({"buffer": 2, "entries": [5, 5]}, "intermediate_.*: found entry 5, that two rows write"),
+        ({"buffer": 2, "indices": [1, 1], "update": False}, "found entry 1, that two rows write"),
+        # A slot that is only read, that the row itself writes again, or that is padding.
+        ({"indices": [1, 1], "update": False}, None),
+        ({"indices": [1, 1], "dst": [4, 5]}, None),
+        ({"indices": [1, 2], "dst": [[1, 1], [6, 2]]}, None),
+        ({"indices": [-1, -1], "dst": [3, 3], "buffer": 2, "entries": [2, 2]}, None),
+        ({"indices": [1, 2], "dst": [-1, -1], "buffer": 2, "entries": [-1, -1]}, None),
+        ({"lengths": [2, 0], "steps": 2, "indices": [1, 1]}, None),
+    ],
+)
+def test_the_checked_mode_raises_where_rows_would_race(options, words, monkeypatch):
+    call = make_tokens("fp32", **{"tokens": 2, "batch": 2, **SMALL, **options})
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    monkeypatch.setenv("SSMGEN_CHECK", "1")
+    before = call.copy()
+    if words is None:
+        ssmgen.selective_state_update(**call.arguments())
+        return
+    with pytest.raises(ArgumentValueError, match=words):
+        ssmgen.selective_state_update(**call.arguments())
+    assert all(same(before[name], call[name]) for name in call.tensors)
