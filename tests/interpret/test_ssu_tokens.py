@@ -90,6 +90,14 @@ def test_out_is_not_x_where_a_path_reads_x_again():
     assert all(same(before[name], call[name]) for name in call.tensors)
 
 
+def test_a_table_of_one_row_may_have_any_stride():
+    call = make_tokens("fp32", tokens=2, batch=1, accepted=[2], indices=[[3, 4]], **SMALL)
+    for name in ("state_batch_indices", "num_accepted_tokens"):
+        table = call[name]
+        call.tensors[name] = table.as_strided(table.shape, (2**33, 1)[: table.dim()])
+    verify(call, call.interpreted())
+
+
 # Bits that must agree
 
 PLANS = [
