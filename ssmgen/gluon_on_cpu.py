@@ -2,12 +2,12 @@
 
 Generated sources for the interpreter import from here what others import from Gluon. `gl` has what
 ``triton.language`` has when it is asked, which the interpreter patches while a kernel runs. This
-covers the arithmetic and the permutations; whether a layout fits, the compiler checks.
+covers the arithmetic, the permutations and the waits for copies; whether a layout fits, the
+compiler checks.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import triton.language as tl
@@ -22,6 +22,7 @@ class _Shared:
         self._value: Any = None
 
     def load(self, layout: Any) -> Any:
+        assert self._value is not None, "shared memory is read before it is written"
         return self._value
 
     def store(self, value: Any) -> None:
@@ -53,9 +54,28 @@ class _Language:
         return getattr(tl, name)
 
 
-def async_load(shared: _Shared, pointers: Any, mask: Any = None) -> None:
-    """Fill shared memory from where the pointers point."""
-    shared.store(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0))
+class _Copies:
+    """Asynchronous copies into shared memory, where nothing arrives before it is waited for."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[_Shared, Any]] = []
+        self._groups: list[list[tuple[_Shared, Any]]] = []
+
+    def async_load(self, shared: _Shared, pointers: Any, mask: Any = None) -> None:
+        """Begin to fill shared memory from where the pointers point."""
+        value = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+        self._begun.append((shared, value))
+
+    def commit_group(self) -> None:
+        """What was begun since the last group is a group."""
+        self._groups.append(self._begun)
+        self._begun = []
+
+    def wait_group(self, left: int) -> None:
+        """Wait until no more than the last `left` groups are under way."""
+        while len(self._groups) > left:
+            for shared, value in self._groups.pop(0):
+                shared.store(value)
 
 
 def barrier() -> None:
@@ -68,4 +88,5 @@ def mma_v2(a: Any, b: Any, accumulator: Any) -> Any:
 
 
 gl = _Language()
-async_copy = SimpleNamespace(commit_group=lambda: None, wait_group=lambda groups: None)
+async_copy = _Copies()
+async_load = async_copy.async_load

@@ -48,7 +48,7 @@ class Request:
 @dataclass
 class Server:
     """`keep`: the state after each token goes to a slot of its own ("slots"), or to the buffer,
-    from which the accepted one is copied ("buffer"). `mutation`: a bug, by name.
+    from which the accepted one is copied ("buffered"). `mutation`: a bug, by name.
     """
 
     drafts: int

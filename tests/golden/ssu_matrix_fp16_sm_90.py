@@ -256,7 +256,8 @@ def ssu_matrix(
     async_copy.wait_group(1)
     B_ = spread_columns(B_shared.load(TOKENS))
     C_ = spread_columns(C_shared.load(TOKENS))
-    # C as fp16, exact after a power of two a token, which `down` takes back in fp32.
+    # C as fp16 after a power of two a token, which `down` takes back in fp32: exact down to 2^-31
+    # of the token's largest.
     C_float = C_shared.load(COPY_TOKENS).to(gl.float32)
     exponent = gl.max(gl.abs(C_float), axis=1).to(gl.int32, bitcast=True) >> 23
     exponent = gl.maximum(exponent, 15)

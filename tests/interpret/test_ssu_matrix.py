@@ -80,9 +80,10 @@ def test_the_smallest_fp32_state_is_right():
 
 @pytest.mark.parametrize("options", [{}, {"softplus": False, "dt_bias": False}], ids=str)
 @pytest.mark.parametrize("tokens", [2, 6, 16])
-def test_an_fp32_state_is_within_4_times_the_error_of_the_loop(tokens, options):
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_is_within_4_times_the_error_of_the_loop(state, tokens, options):
     """A is up to -16 and, without softplus, dt up to 4: decays reach e^-64 a token."""
-    call = make_matrix("fp32", tokens=tokens, batch=4, **SMALL, **options)
+    call = make_matrix(state, tokens=tokens, batch=4, **SMALL, **options)
     if options:
         call["dt"].mul_(40.0) if call["dt"].stride(-1) else call["dt"][..., 0].mul_(40.0)
     want = expected(call)
@@ -114,6 +115,16 @@ def test_outputs_are_right_for_C_of_any_size(state):
     call = make_matrix(state, tokens=8, **SMALL, D=False)
     call.tensors["C"] = call["C"] * 2.0 ** torch.arange(-60, 60, 15)[:, None, None].bfloat16()
     call["C"][0, 3] = 0
+    verify(call, call.interpreted(), bounded(call))
+
+
+def test_C_is_exact_down_to_2_to_the_minus_31_of_the_largest_of_its_token():
+    """The largest meets a state of zero, so that the smallest is all there is to see."""
+    call = make_matrix("fp16", tokens=3, **SMALL, D=False)
+    call["x"].zero_()
+    call["state"][..., 1:].zero_()
+    call["C"].fill_(1.0)[..., 0] = 255 * 2.0**-38
+    call["state"][..., 0].fill_(1.0)
     verify(call, call.interpreted(), bounded(call))
 
 
