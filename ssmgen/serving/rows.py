@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,20 +21,22 @@ KINDS = ("plain", "verify", "prefill")
 class StepRows:
     """One entry a row: `slots` (rows, columns), the others (rows,).
 
-    `members` has the rows of each kind, in order: every row is in one of them.
+    `order` has the rows by kind, in their own order within a kind; `bounds` says where in it each
+    kind begins, and where the last one ends.
     """
 
     slots: np.ndarray
     tokens: np.ndarray
-    starts: np.ndarray
     accepted: np.ndarray
     first: np.ndarray
     track: np.ndarray
-    members: dict[str, np.ndarray]
+    kind: np.ndarray
+    order: np.ndarray
+    bounds: list[int]
 
-    def ntokens(self, kind: str) -> int:
-        """Tokens of the rows of a kind."""
-        return int(self.tokens[self.members[kind]].sum())
+    def most_accepted(self, of: np.ndarray) -> np.ndarray:
+        """How many tokens each of these rows can accept in this step."""
+        return np.where(self.kind[of] == KINDS.index("verify"), self.tokens[of], 1)
 
 
 def step_rows(
@@ -51,12 +56,14 @@ def step_rows(
         ArgumentValueError, ArgumentTypeError: an entry that cannot be, by name and row.
     """
     counts = _integers("tokens", tokens)
+    if counts.ndim != 1:
+        raise ArgumentValueError(f"tokens: found shape {counts.shape}; allowed: (rows,)")
     table = _table(slots, len(counts), columns, pad_slot_id)
 
     def column(name: str, values: Any, default: Any) -> np.ndarray:
         if values is None:
             return np.full(len(counts), default)
-        found = np.asarray(values, np.bool_) if default is False else _integers(name, values)
+        found = _flags(values) if default is False else _integers(name, values)
         if found.shape != counts.shape:
             raise ArgumentValueError(
                 f"{name}: found shape {found.shape}; allowed: {counts.shape}, one for each row"
@@ -75,36 +82,59 @@ def step_rows(
             f"{columns - 1} drafts, in a row that is not prefill")  # fmt: skip
     _refuse("first", begins, begins & decodes, "False in a row that is not prefill")
     _refuse("accepted", taken, (taken < 1) | (taken > columns), f"1 to {columns}")
-    each = np.arange(columns)
-    # Columns that are read, and those that are written: all of a row's drafts, else the first.
-    used = (each == taken[:, None] - 1) | (each < np.where(decodes, counts, 1)[:, None])
-    missing = (used & (table == pad_slot_id)).any(1)
-    _refuse("slots", table, missing, f"no padding, {pad_slot_id}, in a column that is read or "
-            "written")  # fmt: skip
-    plain = decodes & (counts == 1)
-    masks = dict(zip(KINDS, (plain, decodes & ~plain, chunk)))
+    padded = table == pad_slot_id
+    if np.count_nonzero(padded):
+        _refuse("slots", table, (padded[:, :-1] & ~padded[:, 1:]).any(1), f"padding, "
+                f"{pad_slot_id}, after the slots of a row only")  # fmt: skip
+        # Columns that are read, and those that are written: all of a row's drafts, else the first.
+        needed = np.maximum(taken, np.where(decodes, counts, 1))
+        _refuse("slots", table, (~padded).sum(1) < needed, f"no padding, {pad_slot_id}, in a "
+                "column that is read or written")  # fmt: skip
+    kind = np.where(chunk, 2, counts > 1)
+    sizes = np.bincount(kind, minlength=len(KINDS))
     return StepRows(
         slots=table,
         tokens=counts,
-        starts=np.cumsum(counts) - counts,
         accepted=taken,
         first=begins,
         track=target,
-        members={kind: np.flatnonzero(mask) for kind, mask in masks.items()},
+        kind=kind,
+        # Of bytes: those are sorted by counting.
+        order=kind.astype(np.int8).argsort(kind="stable"),
+        bounds=[0, *sizes.cumsum().tolist()],
     )
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
+    if isinstance(values, (list, tuple)):
+        try:
+            return _packed("q", np.int64, values)
+        except struct.error:
+            pass  # numpy says better what is wrong with them
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise ArgumentTypeError(f"{name}: found {array.dtype} values; allowed: integers")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
+
+
+def _flags(values: Any) -> np.ndarray:
+    if isinstance(values, (list, tuple)):
+        try:
+            return _packed("b", np.int8, values) != 0
+        except struct.error:
+            pass
+    return np.asarray(values, np.bool_)
+
+
+def _packed(code: str, dtype: type, values: Sequence[int]) -> np.ndarray:
+    """`values` as an array, which `struct` makes several times faster than numpy; read-only."""
+    return np.frombuffer(struct.pack(f"{len(values)}{code}", *values), dtype)
 
 
 def _table(slots: Any, rows: int, columns: int, pad_slot_id: int) -> np.ndarray:
-    """(rows, columns), filled up with padding; rows may be of different lengths."""
-    table = np.full((rows, columns), pad_slot_id)
-    if isinstance(slots, np.ndarray) or not slots or not isinstance(slots[0], (list, tuple)):
+    """(rows, columns) int32, filled up with padding; rows may be of different lengths."""
+    nested = isinstance(slots, (list, tuple)) and slots and isinstance(slots[0], (list, tuple))
+    if not nested:
         found = _integers("slots", slots)
         found = found[:, None] if found.ndim == 1 else found
         if found.ndim != 2 or len(found) != rows or found.shape[1] > columns:
@@ -112,20 +142,32 @@ def _table(slots: Any, rows: int, columns: int, pad_slot_id: int) -> np.ndarray:
                 f"slots: found shape {found.shape}; allowed: ({rows},) or ({rows}, at most "
                 f"{columns})"
             )
-        table[:, : found.shape[1]] = found
-        return table
-    longest = max(map(len, slots))
-    if len(slots) != rows or longest > columns:
-        raise ArgumentValueError(
-            f"slots: found {len(slots)} rows of up to {longest}; allowed: {rows} of up to {columns}"
-        )
-    for place, row in zip(table, slots):
-        place[: len(row)] = row
+        lengths, width = None, found.shape[1]
+    else:
+        try:
+            lengths = list(map(len, slots))
+        except TypeError:
+            raise ArgumentTypeError("slots: found rows that are no lists; allowed: all are, or "
+                                    "none is") from None  # fmt: skip
+        width = max(lengths)
+        if len(slots) != rows or width > columns:
+            raise ArgumentValueError(
+                f"slots: found {len(slots)} rows of up to {width}; allowed: {rows} of up to "
+                f"{columns}"
+            )
+        found = _integers("slots", list(chain.from_iterable(slots)))
+    if found.size and not -(2**31) <= found.min() <= found.max() < 2**31:
+        raise ArgumentValueError(f"slots: found {found.min()} to {found.max()}; allowed: an int32")
+    table = np.full((rows, columns), pad_slot_id, np.int32)
+    if lengths is None or min(lengths) == width:
+        table[:, :width] = found.reshape(rows, width)
+    else:
+        table[np.arange(columns) < np.array(lengths)[:, None]] = found
     return table
 
 
 def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
-    if wrong.any():
+    if np.count_nonzero(wrong):
         row = int(wrong.argmax())
         raise ArgumentValueError(
             f"{name}: found {values[row].tolist()} in row {row}; allowed: {allowed}"

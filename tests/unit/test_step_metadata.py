@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssmgen
-from ssmgen.errors import ArgumentTypeError, ArgumentValueError
+from ssmgen.errors import ArgumentTypeError, ArgumentValueError, PoolError
+from ssmgen.serving.tables import Ring, Staging
 
 DRAFTS = 3
 ROWS, TOKENS = 8, 64
@@ -21,6 +24,12 @@ TABLES = ("tokens", "slots", "read_slots", "write_slots", "num_accepted_tokens",
 def metadata(**options):
     options = {"max_rows": ROWS, "max_tokens": TOKENS, "drafts": DRAFTS} | options
     return ssmgen.DecodeMetadata(**options)
+
+
+def whole_memory(meta):
+    """All bytes of the tables on the device."""
+    storage = meta.plain.slots.untyped_storage()
+    return torch.tensor([], dtype=torch.uint8, device=meta.device).set_(storage)
 
 
 def parts(meta):
@@ -154,7 +163,7 @@ def test_the_three_partitions_of_a_step():
     assert meta.prefill.rows.tolist() == [2, 4]
     assert meta.prefill.cu_seqlens.tolist() == [0, 5, 6]
     assert meta.prefill.has_initial_state.tolist() == [False, True]
-    assert meta.prefill.longest == 5
+    assert meta.prefill.longest == TOKENS
 
 
 def test_arguments_of_the_ops():
@@ -163,7 +172,7 @@ def test_arguments_of_the_ops():
         "state_batch_indices", "dst_state_batch_indices", "pad_slot_id"}  # fmt: skip
     assert meta.verify.recurrent["state_batch_indices"] is meta.verify.slots
     assert meta.verify.recurrent["cache_steps"] == DRAFTS + 1
-    assert meta.prefill.recurrent["cache_steps"] == 4
+    assert meta.prefill.recurrent["cache_steps"] == TOKENS
     histories = torch.zeros(9, 2, 6)
     plain, verify, prefill = (part.conv(histories, 4) for part in parts(meta).values())
     assert plain["conv_state"] is verify["conv_state"] is prefill["conv_states"] is histories
@@ -245,6 +254,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+VIEWS = {"view", "slice", "select", "as_strided", "unsqueeze", "alias", "detach"}
 STEP = {
     "slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [10]],
     "tokens": [1, 4, 6, 1],
@@ -314,8 +324,26 @@ def test_a_step_of_the_same_padded_sizes_takes_the_same_path_through_x(one, two)
          r"slots: found \[10, -1, -1, -1\] in row 3; allowed: no padding"),
         ({"accepted": [1.0, 1, 1, 1]}, ArgumentTypeError, "accepted: found float64 values"),
         ({"accepted": torch.ones(12, 1, dtype=torch.int32)}, ArgumentValueError,
-         r"accepted: found torch.int32 of shape \(12, 1\); allowed: \(slots,\)"),
+         r"found torch.int32 of shape \(12, 1\) on cpu; allowed: \(slots,\) int32 or int64 on cpu"),
         ({"accepted": torch.ones(12)}, ArgumentValueError, "found torch.float32 of shape"),
+        ({"accepted": torch.ones(12, dtype=torch.int32, device="meta")}, ArgumentValueError,
+         r"accepted: found torch.int32 of shape \(12,\) on meta; allowed: .* on cpu"),
+        ({"accepted": torch.ones(10, dtype=torch.int32)}, ArgumentValueError,
+         r"accepted: found .* of shape \(10,\) .*; allowed: .* of at least 11 slots"),
+        ({"slots": [[1, 2, -1, 4], [5, 6, 7, 8], [9], [10]]}, ArgumentValueError,
+         r"slots: found \[1, 2, -1, 4\] in row 0; allowed: padding, -1, after the slots"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [-1, 9], [10]]}, ArgumentValueError,
+         r"found \[-1, 9, -1, -1\] in row 2; allowed: padding, -1, after the slots"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [2**32 + 10]]}, ArgumentValueError,
+         "slots: found 1 to 4294967306; allowed: an int32"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [1.5]]}, ArgumentTypeError,
+         "slots: found float64 values"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], 10]}, ArgumentTypeError,
+         "slots: found rows that are no lists"),
+        ({"tokens": [[1], [4], [6], [1]]}, ArgumentValueError, r"tokens: found shape \(4, 1\)"),
+        ({"tokens": 4}, ArgumentValueError, r"tokens: found shape \(\); allowed: \(rows,\)"),
+        ({"prefill": [[False], [False], [True], [False]]}, ArgumentValueError,
+         r"prefill: found shape \(4, 1\)"),
         ({"accepted": [1, 1, 1]}, ArgumentValueError, r"accepted: found shape \(3,\)"),
         ({"tokens": [1, 5, 6, 1]}, ArgumentValueError, "found 5 in row 1; allowed: at most 4"),
         ({"tokens": [1, 4, 6, 2]}, ArgumentValueError, "in row 3; allowed: no padding"),
@@ -331,11 +359,12 @@ def test_a_step_of_the_same_padded_sizes_takes_the_same_path_through_x(one, two)
 )  # fmt: skip
 def test_a_step_that_cannot_be_is_refused_and_the_last_one_stays(change, error, message):
     meta = metadata().build(**STEP)
-    before = [meta.plain, meta.plain.slots.clone(), meta.padded_tokens]
-    with pytest.raises(error, match=message):
+    before = [meta.plain, whole_memory(meta).clone(), meta.padded_tokens]
+    with pytest.raises(error, match=message), Ops() as ops:
         meta.build(**STEP | change)
+    assert not ops.copies
     assert meta.plain is before[0]
-    assert torch.equal(meta.plain.slots, before[1])
+    assert torch.equal(whole_memory(meta), before[1])
     assert meta.padded_tokens == before[2]
 
 
@@ -347,6 +376,60 @@ def test_more_rows_than_there_is_room_for_are_refused():
         meta.build([1, 2, 3], [1, 1, 1])
 
 
+def test_a_prompt_of_any_length_has_one_kernel():
+    """The bound of sequences is a constant of the kernel."""
+    from ssmgen.families.gdn.contract import layout
+
+    meta, configs = metadata(), set()
+    state = torch.zeros(4, 2, 16, 8)
+    for tokens in (1, 2, 5, 6, 33, 64):
+        meta.build([1, 2], [tokens, 1], prefill=[True, False])
+        inputs = {n: torch.zeros(tokens, *shape) for n, shape in
+                  (("q", (1, 8)), ("k", (1, 8)), ("v", (2, 16)), ("a", (2,)), ("b", (2,)),
+                   ("out", (2, 16)))}  # fmt: skip
+        described = layout(state=state, A_log=torch.zeros(2), **inputs, **meta.prefill.recurrent)
+        configs.add(described.config)
+    assert len(configs) == 1
+
+
+@pytest.mark.parametrize("rows", [64, 127, 300])
+def test_tables_are_the_same_however_large_they_may_be(rows):
+    step = STEP | {"prefill": [False, True, True, False], "tokens": [1, 4, 6, 4],
+                   "slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [10, 11, 12, 13]]}  # fmt: skip
+    meta, other = metadata().build(**step), metadata(max_rows=rows).build(**step)
+    for part, same in zip(parts(meta).values(), parts(other).values()):
+        for name in TABLES:
+            assert torch.equal(getattr(part, name), getattr(same, name)), name
+        assert part.rows.tolist() == same.rows.tolist()
+
+
+@given(step=steps(), data=st.data())
+def test_lists_tuples_and_arrays_give_the_same_tables(step, data):
+    wide = [row + [-1] * (DRAFTS + 1 - len(row)) for row in step["slots"]]
+    as_arrays = {name: np.array(values) for name, values in step.items() if name != "slots"}
+    as_arrays["slots"] = np.array(wide, np.int32).reshape(-1, DRAFTS + 1)
+    as_tuples = {name: tuple(values) for name, values in step.items()}
+    if not step["tokens"]:
+        as_arrays = {name: values.astype(int) for name, values in as_arrays.items()}
+    meta = metadata().build(**step)
+    for other in (metadata().build(**as_arrays), metadata().build(**as_tuples)):
+        for part, same in zip(parts(meta).values(), parts(other).values()):
+            for name in TABLES:
+                assert torch.equal(getattr(part, name), getattr(same, name)), name
+
+
+def test_a_partition_without_rows_has_bounds():
+    """Whatever the step before, or nobody, left in the memory that is uploaded."""
+    meta = metadata()
+    for staging in meta._tables._ring._ring:
+        staging.bytes.fill(7)
+    for step in (STEP, {"slots": [], "tokens": []}, {"slots": [9], "tokens": [1]}):
+        meta.build(**step)
+        for part in parts(meta).values():
+            assert part.cu_seqlens[0] == 0
+            assert len(part.cu_seqlens) == part.batch + 1
+
+
 def test_slots_may_be_a_list_an_array_or_one_a_row():
     meta = metadata()
     for slots in ([4, 7], np.array([4, 7]), [[4], [7]], np.array([[4, 5], [7, 8]]), ((4, 5), (7,))):
@@ -354,7 +437,176 @@ def test_slots_may_be_a_list_an_array_or_one_a_row():
     assert not meta.build([], []).plain
 
 
+def test_drafts_need_columns_of_every_conv_history():
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(conv=(2, 5), conv_width=4)], 5)
+    with pytest.raises(ArgumentValueError, match="drafts: found 4 slots in a row; allowed: 1 to 3"):
+        metadata(pool=pool)
+    assert metadata(pool=pool, drafts=2).columns == 3
+
+
+# Prompts that begin
+
+STATEFUL = ssmgen.LayerSpec(state=(1, 2, 3), state_dtype=torch.int8, conv=(2, 6))
+
+
+@pytest.mark.parametrize("counts", ["host", "table"])
+def test_a_prompt_that_begins_starts_from_nothing_whatever_its_slot_holds(counts):
+    pool = ssmgen.StatePool([STATEFUL] * 2, 12)
+    pool.register("accepted", reset=1, of="request")
+    pool.register("tag", of="state")
+    slots = pool.alloc(12)
+    for layer in range(2):
+        for view in (pool.state(layer), pool.scale(layer), pool.conv(layer)):
+            view.fill_(3)
+    pool.table("accepted").fill_(2)
+    pool.table("tag").fill_(5)
+    accepted = [2, 2, 2, 1] if counts == "host" else pool.table("accepted")
+    meta = metadata(pool=pool)
+    meta.build([slots[:3], slots[3:6], slots[6:8], [slots[8]]], [1, 4, 2, 1], accepted=accepted,
+               prefill=[False, True, True, True], first=[False, True, False, True])  # fmt: skip
+    begun = [slots[3], slots[8]]
+    assert meta.begun_slots.tolist() == begun
+    assert meta.prefill.read_slots.tolist() == [slots[3], slots[7], slots[8]]
+    for layer in range(2):
+        for view in (pool.state(layer), pool.scale(layer), pool.conv(layer)):
+            for slot in slots:
+                assert (view[slot].float() == (0 if slot in begun else 3)).all()
+    assert (pool.table("tag") == 5).all()
+    assert (pool.table("accepted") == 2).all()
+
+
+def test_the_states_of_all_prompts_that_begin_are_zeroed_by_one_kernel():
+    pool = ssmgen.StatePool([STATEFUL] * 4, 12)
+    meta, slots = metadata(pool=pool), pool.alloc(8, zero=0)
+    step = {"slots": slots, "tokens": [2] * 8, "prefill": [True] * 8}
+    meta.build(**step)
+    with Ops() as ops:
+        meta.build(**step)
+    with Ops() as more:
+        meta.build(**step, first=[True] * 8)
+    extra = Counter(more.names) - Counter(ops.names)
+    assert {name: n for name, n in extra.items() if name not in VIEWS} == {"index_fill_": 1}
+    assert len(more.copies) == 1
+
+
+def test_a_prompt_begins_only_in_a_slot_that_is_allocated():
+    pool = ssmgen.StatePool([STATEFUL], 12)
+    meta, slots = metadata(pool=pool), pool.alloc(2)
+    meta.build(slots, [1, 1])
+    before = [whole_memory(meta).clone(), pool.state(0).clone()]
+    for wrong, error in (
+        (7, "slots: slot 7 is not allocated"),
+        (slots[0], f"slots: slot {slots[0]} is named twice"),
+    ):
+        with pytest.raises(PoolError, match=error):
+            meta.build([slots[0], wrong], [1, 1], prefill=[1, 1], first=[1, 1])
+    with pytest.raises(ArgumentValueError, match="slots: found slot 12; allowed: 0 to 11"):
+        meta.build([12], [1], prefill=[1], first=[1])
+    assert torch.equal(whole_memory(meta), before[0])
+    assert torch.equal(pool.state(0), before[1])
+
+
+def test_one_prompt_twice_in_a_slot_gives_the_same_bits():
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(2, 16, 8))], 4)
+    meta, slots = metadata(pool=pool), pool.alloc()
+    gen = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, *shape, generator=gen) for shape in ((1, 8), (1, 8), (2, 16))]
+    a, b = torch.randn(2, 3, 2, generator=gen)
+
+    def run():
+        meta.build(slots, [3], prefill=[True], first=[True])
+        return ssmgen.gated_delta_rule_decode(
+            pool.state(0), *inputs, torch.zeros(2), a, torch.zeros(2), b, **meta.prefill.recurrent
+        )
+
+    assert torch.equal(run(), run())
+
+
+# Host memory
+
+
+class Event:
+    """An upload that is done when the test says so."""
+
+    def __init__(self):
+        self.done = True
+
+    def query(self):
+        return self.done
+
+    def record(self, stream):
+        self.done = False
+
+
+def test_host_memory_is_filled_again_only_when_its_upload_is_done():
+    made = []
+
+    def make():
+        made.append(Staging(torch.zeros(8, dtype=torch.uint8), lambda memory: {}, Event()))
+        return made[-1]
+
+    ring = Ring(make)
+
+    def step():
+        staging = ring.take()
+        assert staging.event.done
+        staging.event.record(None)
+        return staging
+
+    first = [step() for _ in range(5)]
+    assert len({*map(id, first)}) == len(ring) == len(made) == 5
+    for staging in first[:3]:
+        staging.event.done = True
+    assert [step() for _ in range(3)] == first[:3]
+    assert len(made) == 5
+    assert step() not in first
+    for staging in made:
+        staging.event.done = True
+    for _ in range(20):
+        step().event.done = True
+    assert len(made) == 6
+
+
+def test_a_step_takes_the_host_memory_of_earlier_ones():
+    meta = metadata()
+    stagings = []
+    begin = meta._tables.begin
+    meta._tables.begin = lambda last: stagings.append(begin(last)) or stagings[-1]
+    for _ in range(6):
+        meta.build(**STEP)
+    assert len({*map(id, stagings)}) == len(meta._tables._ring) == 2
+
+
 # Checkpoints
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_tracked_row_without_drafts_accepts_its_one_token_whatever_is_said(on_device):
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3), conv=(2, 6))], 12)
+    meta = metadata(pool=pool)
+    plain, chunk, saved = (pool.alloc(n) for n in (4, 4, 2))
+    for slot in range(12):
+        pool.state(0)[slot] = slot
+        pool.conv(0)[slot] = 10 * slot + torch.arange(6)
+    meta.build([plain, chunk], [1, 3], accepted=[3, 2], prefill=[0, 1], track=saved)
+    meta.checkpoint(torch.tensor([3, 3]) if on_device else [3, 3])
+    assert pool.state(0)[saved, 0, 0, 0].tolist() == [plain[0], chunk[0]]
+    assert pool.conv(0)[saved, 0, 0].tolist() == [10 * plain[0], 10 * chunk[0]]
+
+
+def test_a_tracked_row_accepts_no_more_than_its_tokens():
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3))], 12)
+    meta, row, saved = metadata(pool=pool), pool.alloc(4), pool.alloc()
+    for slot in range(12):
+        pool.state(0)[slot] = slot
+    meta.build([row], [2], track=saved)
+    for wrong in (0, 3):
+        with pytest.raises(ArgumentValueError, match=f"found {wrong} in row 0; allowed: 1 to 2"):
+            meta.checkpoint([wrong])
+    # The device clamps: the host does not see the count.
+    for n, column in ((0, 0), (1, 0), (2, 1), (4, 1)):
+        meta.checkpoint(torch.tensor([n]))
+        assert pool.state(0)[saved[0], 0, 0, 0] == row[column]
 
 
 @pytest.mark.parametrize("on_device", [False, True])
