@@ -45,7 +45,8 @@ class DecodeMetadata:
 
     Args:
         pool: whose device and padding to use, and which under ``SSMGEN_DEBUG=1`` looks at the slots
-            of every step. None: `device` and `pad_slot_id` say it.
+            of every step. Prompts that begin in it start from zeros, see `build`. None: `device`
+            and `pad_slot_id` say it.
         max_rows: the most rows of a partition, padded ones included.
         max_tokens: the most tokens of the prompt chunks of a step.
         drafts: the most draft tokens of a row, S. A request that drafts has S + 1 slots.
@@ -136,8 +137,9 @@ class DecodeMetadata:
         plain_rows: int | None = None,
         verify_rows: int | None = None,
     ) -> DecodeMetadata:
-        """Make the tables of a step. The arguments are on the host, lists or numpy arrays with one
-        entry for each row, in the order in which x has the rows; `accepted` may be on the device.
+        """Make the tables of a step. The arguments are on the host, lists or (faster) numpy arrays
+        with one entry for each row, in the order in which x has the rows; `accepted` may be on the
+        device.
 
         Args:
             slots: (rows, up to S + 1) or (rows,): the slots of each row. Column t takes the state
