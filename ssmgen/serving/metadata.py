@@ -74,7 +74,6 @@ class DecodeMetadata:
     num_tokens: int
     padded_tokens: int
     _rows: StepRows
-    _tracked: np.ndarray
 
     def __init__(
         self,
@@ -172,16 +171,15 @@ class DecodeMetadata:
         rows = step_rows(slots, tokens, None if counts is not None else accepted, prefill, first,
                          track, columns=self.columns, pad_slot_id=self.pad_slot_id)  # fmt: skip
         sizes = self._sizes(rows, (plain_rows, verify_rows, None))
-        begun = rows.slots[rows.first, 0]
         if counts is not None:
             self._check_counts(counts, rows)
         if self.pool is not None:
-            self.pool.require("slots", begun.tolist())
+            self.pool.require("slots", rows.begun.tolist())
 
-        self._upload(rows, sizes, begun)
+        self._upload(rows, sizes)
         self.first_slots = self._tables.get("first_slots", 0, len(rows.tokens))
-        self.begun_slots = self._tables.get("begun_slots", 0, len(begun))
-        if self.pool is not None and len(begun):
+        self.begun_slots = self._tables.get("begun_slots", 0, len(rows.begun))
+        if self.pool is not None and len(rows.begun):
             self.pool.zero_states(self.begun_slots)
         self._rows = rows
         self.plain, self.verify, self.prefill = partitions = [
@@ -209,10 +207,8 @@ class DecodeMetadata:
     def _sizes(self, rows: StepRows, padded: tuple[int | None, ...]) -> list[tuple[int, int, int]]:
         """(rows, tokens, tokens without padding) of each partition."""
         sizes = []
-        ends = [0, *rows.tokens.take(rows.order).cumsum().tolist()]
-        for kind, begin, end, wanted in zip(KINDS, rows.bounds, rows.bounds[1:], padded):
-            batch, ntokens = end - begin, ends[end] - ends[begin]
-            real = ntokens
+        for at, (kind, real, wanted) in enumerate(zip(KINDS, rows.ntokens(), padded)):
+            batch, ntokens = rows.bounds[at + 1] - rows.bounds[at], real
             if wanted is not None:
                 if not batch <= wanted <= self.max_rows:
                     raise ArgumentValueError(
@@ -233,14 +229,13 @@ class DecodeMetadata:
             sizes.append((batch, ntokens, real))
         return sizes
 
-    def _upload(self, rows: StepRows, sizes: list[tuple[int, int, int]], begun: np.ndarray) -> None:
+    def _upload(self, rows: StepRows, sizes: list[tuple[int, int, int]]) -> None:
         """Fill the tables, those of all partitions together, and upload what is filled."""
         staging = self._tables.begin("has_initial_state")
         host = staging.arrays
-        count, order = len(rows.tokens), rows.order
+        count, order, ends, tracked = len(rows.tokens), rows.order, rows.ends, rows.tracked
         host["first_slots"][:count] = rows.slots[:, 0]
-        host["begun_slots"][: len(begun)] = begun
-        tracked = self._tracked = (rows.track != self.pad_slot_id).nonzero()[0]
+        host["begun_slots"][: len(rows.begun)] = rows.begun
         if len(tracked):
             host["track_slots"][: len(tracked)] = rows.slots[tracked]
             host["track_rows"][: len(tracked)] = tracked
@@ -255,10 +250,8 @@ class DecodeMetadata:
             "has_initial_state": ~rows.first.take(order),
         }
         # Where each token is in x: a row begins where the rows before it end.
-        lengths = rows.tokens.take(order)
-        ends = lengths.cumsum()
-        begins = rows.tokens.cumsum().take(order) - lengths
-        places = np.repeat(begins - ends + lengths, lengths)
+        begins = rows.tokens.cumsum().take(order) - ends
+        places = np.repeat(begins, rows.tokens.take(order))
         places += np.arange(len(places))
         self.num_tokens = spare = len(places)
         taken = last = 0
@@ -278,7 +271,7 @@ class DecodeMetadata:
             taken, spare = taken + real, spare + ntokens - real
             last = place + ntokens if ntokens else last
         self.padded_tokens = spare
-        rare = len(begun) or len(tracked)
+        rare = len(rows.begun) or len(tracked)
         self._tables.upload(staging, "begun_slots" if rare else "first_slots", "tokens", last)
 
     def _partition(
@@ -343,7 +336,7 @@ class DecodeMetadata:
         """
         if self.pool is None:
             raise ArgumentValueError("pool: found None; allowed: the pool of the slots")
-        rows, tracked = self._rows, self._tracked
+        rows, tracked = self._rows, self._rows.tracked
         if accepted is not None and len(accepted) != len(rows.tokens):
             raise ArgumentValueError(
                 f"accepted: found {len(accepted)}; allowed: {len(rows.tokens)}, one for each row"

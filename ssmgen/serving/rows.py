@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,16 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 __all__ = ["KINDS", "StepRows", "step_rows"]
 
 KINDS = ("plain", "verify", "prefill")
+_NONE = np.arange(0)
 
 
 @dataclass(frozen=True)
 class StepRows:
     """One entry a row: `slots` (rows, columns), the others (rows,).
 
-    `order` has the rows by kind, in their own order within a kind; `bounds` says where in it each
-    kind begins, and where the last one ends.
+    `order` has the rows by kind, in their own order within a kind, and `bounds` where in it each
+    kind begins and the last one ends. `ends` has the tokens of the rows up to each, in that order.
+    `begun`: the first slots of rows that begin a prompt. `tracked`: the rows that are tracked.
     """
 
     slots: np.ndarray
@@ -33,6 +35,14 @@ class StepRows:
     kind: np.ndarray
     order: np.ndarray
     bounds: list[int]
+    ends: np.ndarray
+    begun: np.ndarray
+    tracked: np.ndarray
+
+    def ntokens(self) -> list[int]:
+        """Tokens of each kind."""
+        ends = [int(self.ends[bound - 1]) if bound else 0 for bound in self.bounds]
+        return [end - begin for begin, end in pairwise(ends)]
 
     def most_accepted(self, of: np.ndarray) -> np.ndarray:
         """How many tokens each of these rows can accept in this step."""
@@ -72,15 +82,16 @@ def step_rows(
 
     chunk = column("prefill", prefill, False)
     begins = column("first", first, False)
-    # A request that begins has accepted nothing, whatever a request before it left there.
-    taken = np.where(begins, 1, column("accepted", accepted, 1))
+    taken = column("accepted", accepted, 1)
     target = column("track", track, pad_slot_id)
-
     decodes = ~chunk
     _refuse("tokens", counts, counts < 1, "at least 1; leave out a row that has none")
     _refuse("tokens", counts, decodes & (counts > columns), f"at most {columns}: one and the "
             f"{columns - 1} drafts, in a row that is not prefill")  # fmt: skip
-    _refuse("first", begins, begins & decodes, "False in a row that is not prefill")
+    if first is not None:
+        _refuse("first", begins, begins & decodes, "False in a row that is not prefill")
+        # A request that begins has accepted nothing, whatever a request before it left there.
+        taken = np.where(begins, 1, taken)
     _refuse("accepted", taken, (taken < 1) | (taken > columns), f"1 to {columns}")
     padded = table == pad_slot_id
     if np.count_nonzero(padded):
@@ -91,7 +102,8 @@ def step_rows(
         _refuse("slots", table, (~padded).sum(1) < needed, f"no padding, {pad_slot_id}, in a "
                 "column that is read or written")  # fmt: skip
     kind = np.where(chunk, 2, counts > 1)
-    sizes = np.bincount(kind, minlength=len(KINDS))
+    # Of bytes: those are sorted by counting.
+    order = kind.astype(np.int8).argsort(kind="stable")
     return StepRows(
         slots=table,
         tokens=counts,
@@ -99,9 +111,11 @@ def step_rows(
         first=begins,
         track=target,
         kind=kind,
-        # Of bytes: those are sorted by counting.
-        order=kind.astype(np.int8).argsort(kind="stable"),
-        bounds=[0, *sizes.cumsum().tolist()],
+        order=order,
+        bounds=[0, *np.bincount(kind, minlength=len(KINDS)).cumsum().tolist()],
+        ends=counts.take(order).cumsum(),
+        begun=table[:0, 0] if first is None else table[begins, 0],
+        tracked=_NONE if track is None else np.flatnonzero(target != pad_slot_id),
     )
 
 
@@ -142,27 +156,27 @@ def _table(slots: Any, rows: int, columns: int, pad_slot_id: int) -> np.ndarray:
                 f"slots: found shape {found.shape}; allowed: ({rows},) or ({rows}, at most "
                 f"{columns})"
             )
-        lengths, width = None, found.shape[1]
+        widths = {found.shape[1]}
     else:
         try:
-            lengths = list(map(len, slots))
+            widths = set(map(len, slots))
         except TypeError:
             raise ArgumentTypeError("slots: found rows that are no lists; allowed: all are, or "
                                     "none is") from None  # fmt: skip
-        width = max(lengths)
-        if len(slots) != rows or width > columns:
+        if len(slots) != rows or max(widths) > columns:
             raise ArgumentValueError(
-                f"slots: found {len(slots)} rows of up to {width}; allowed: {rows} of up to "
+                f"slots: found {len(slots)} rows of up to {max(widths)}; allowed: {rows} of up to "
                 f"{columns}"
             )
         found = _integers("slots", list(chain.from_iterable(slots)))
     if found.size and not -(2**31) <= found.min() <= found.max() < 2**31:
         raise ArgumentValueError(f"slots: found {found.min()} to {found.max()}; allowed: an int32")
     table = np.full((rows, columns), pad_slot_id, np.int32)
-    if lengths is None or min(lengths) == width:
-        table[:, :width] = found.reshape(rows, width)
+    if len(widths) == 1:
+        table[:, : max(widths)] = found.reshape(rows, max(widths))
     else:
-        table[np.arange(columns) < np.array(lengths)[:, None]] = found
+        lengths = np.array([*map(len, slots)])
+        table[np.arange(columns) < lengths[:, None]] = found
     return table
 
 

@@ -200,7 +200,7 @@ def checkpoint_believes_counts_of_all_rows(metadata):
         most = metadata._rows.tokens
         object.__setattr__(metadata._rows, "kind", np.ones_like(metadata._rows.kind))
         metadata._tables.get("track_most", 0, 1).copy_(
-            torch.from_numpy(most[metadata._tracked].copy())
+            torch.from_numpy(most[metadata._rows.tracked].copy())
         )
         original(torch.as_tensor(accepted))
 
