@@ -8,9 +8,9 @@ import torch
 
 from ..errors import ArgumentValueError, UnsupportedError
 from ..families.base import Layout
-from ..families.ssu.contract import ABI_TENSORS, check_dtypes, layout, normalise
+from ..families.ssu.contract import ABI_TENSORS, check_dtypes, check_out, layout, normalise
 from ..reference.ssu import selective_state_update as reference
-from ..reference.tables import read_tables
+from ..reference.tables import check_apart, read_tables
 from .operation import Operation, require_tensor
 
 __all__ = ["selective_state_update"]
@@ -82,7 +82,7 @@ def selective_state_update(
         dst_state_batch_indices: where h' goes instead of the source slot; ``pad_slot_id``: nowhere.
             (batch,) or (batch, 1): after the last token; (batch, at least tokens): after each.
         state_scale: (slots, nheads, dim) or (..., 1) fp32 decode scales of an integer or fp8 state.
-        out: like x; allocated if None.
+        out: like x, and may be x or z itself, but not x with ``parent_tokens``; allocated if None.
         disable_state_update: write no state; the intermediate states are written all the same.
         intermediate_states_buffer: (entries, at least tokens, nheads, dim, dstate), dtype of the
             state: takes the state after each token, besides what is written to ``state``.
@@ -122,6 +122,7 @@ def selective_state_update(
     if out is None:
         require_tensor("x", x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    check_out(out, x, parent_tokens)
     tensors = (
         state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
         dst_state_batch_indices, rand_seed, intermediate_states_buffer, intermediate_state_indices,
@@ -153,17 +154,19 @@ def _reference(arguments: dict[str, Any], described: Layout) -> None:
 
 
 def _check_tables(arguments: dict[str, Any]) -> None:
-    views = _views(arguments)
+    views, update = _views(arguments), not arguments["disable_state_update"]
     tables = {n: views[n] for n in _TABLES if n in views}
-    if arguments["disable_state_update"]:
+    if not update:
         tables.pop("dst_state_batch_indices", None)
-    read_tables(
+    rows = read_tables(
         views["x"],
         len(views["state"]),
         arguments["pad_slot_id"],
         cache_steps=arguments["cache_steps"],
         **tables,
     )
+    buffer = tables.get("intermediate_states_buffer", ())
+    check_apart(rows, len(views["state"]) if update else 0, len(buffer))
 
 
 _TABLES = (

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentValueError
 
-__all__ = ["Rows", "read_tables"]
+__all__ = ["Rows", "check_apart", "read_tables"]
 
 Tensor = torch.Tensor
 
@@ -137,6 +137,39 @@ def read_tables(
                     f"slot) to {token - 1}"
                 )
     return rows
+
+
+def check_apart(rows: Rows, nslots: int, nentries: int) -> None:
+    """Raise `ArgumentValueError` if two rows, which run at once, write one slot or entry, or one
+    reads the slot another writes. `nslots`, `nentries`: how many may be written, 0 for none.
+    """
+    tokens = range(int(rows.length.max()) if len(rows.length) else 0)
+    if tokens and nslots:
+        name = "state_batch_indices" if rows._pad is None else "dst_state_batch_indices"
+        writer = _writers(f"{name}: found slot", nslots, [rows.targets(t) for t in tokens])
+        reader = (rows.live & (rows.length > 0)).nonzero()[:, 0]
+        slots = rows.source[reader]
+        another = (writer[slots] >= 0) & (writer[slots] != reader)
+        _refuse("state_batch_indices: found slot", slots[another], "that another row writes")
+    if tokens and nentries:
+        name = "state_batch_indices" if rows._entry_pad is None else "intermediate_state_indices"
+        _writers(f"{name}: found entry", nentries, [rows.entries(t) for t in tokens])
+
+
+def _writers(found: str, count: int, written: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The row that writes each of `count` places, -1 for none."""
+    rows, places = (torch.cat(parts) for parts in zip(*written))
+    writer = torch.full((count,), -1, device=rows.device)
+    writer[places] = rows
+    _refuse(found, places[writer[places] != rows], "that two rows write")
+    return writer
+
+
+def _refuse(found: str, shared: Tensor, how: str) -> None:
+    if shared.numel():
+        raise ArgumentValueError(
+            f"{found} {int(shared[0])}, {how}; allowed: what a row writes belongs to it alone"
+        )
 
 
 def _sequences(cu_seqlens: Tensor, total: int, most: int) -> tuple[Tensor, Tensor]:

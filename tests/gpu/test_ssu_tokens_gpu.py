@@ -100,6 +100,24 @@ def test_a_row_alone_gives_the_bits_of_the_row_in_a_batch(state, rounding):
         assert same(alone[BUFFER][slot], together[BUFFER][slot])
 
 
+@pytest.mark.parametrize("name", ["x", "z"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_out_may_be_x_or_z_itself(precision, name):
+    call = make_tokens("fp32", tokens=6, z=True, precision=precision, **MAMBA2)
+    want = run(call)
+    call.tensors["out"] = call[name]
+    after = run(call)
+    assert all(same(after[n], want[n]) for n in ("out", "state"))
+
+
+def test_out_is_never_x_where_a_path_reads_x_again():
+    """Also where the layout is known from a call with another `out`."""
+    call = moved(make_tokens("fp32", **of("tree")), "cuda")
+    ssmgen.selective_state_update(**call.arguments())
+    with pytest.raises(ArgumentValueError, match="out: found x itself"):
+        ssmgen.selective_state_update(**{**call.arguments(), "out": call["x"]})
+
+
 @pytest.mark.parametrize("name", ["cu_seqlens", "num_accepted_tokens", "parent_tokens"])
 def test_a_table_that_cannot_be_followed_is_nan_and_writes_no_state(name, monkeypatch):
     call = make_tokens(

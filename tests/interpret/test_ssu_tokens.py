@@ -14,6 +14,7 @@ from ssmgen import Plan
 from ssmgen.errors import ArgumentValueError
 
 SMALL = {"nheads": 2, "ngroups": 1}
+MATRIX = {"algorithm": "matrix", "precision": "fast"}
 # As in test_ssu_interpret; a token's error is the larger the later it comes.
 DETERMINED = {"fp32": 0.0, "bf16": 0.99, "fp16": 0.95, "int16": 0.3, "int8": 0.99,
               "fp8_e4m3fn": 0.99}  # fmt: skip
@@ -63,6 +64,30 @@ def test_any_layout_is_right_and_touches_nothing_else(kind, served, **more):
 def test_any_number_of_tokens_is_right(tokens):
     call = make_tokens("fp32", tokens=tokens, batch=1, buffer=tokens, **SMALL)
     verify(call, call.interpreted())
+
+
+@pytest.mark.parametrize("name", ["x", "z"])
+@pytest.mark.parametrize("options", [{}, {"packed": True}, MATRIX], ids=["loop", "views", "matrix"])
+def test_out_may_be_x_or_z_itself(options, name):
+    call = make_tokens("fp32", tokens=3, z=True, **SMALL, **options)
+    want = call.interpreted()
+    call.tensors["out"] = call[name]
+    after = call.interpreted()
+    assert same(after["out"], want["out"])
+    assert same(after["state"], want["state"])
+
+
+def test_out_is_not_x_where_a_path_reads_x_again():
+    call = make_tokens("fp32", **KINDS["tree"], z=True)
+    want = call.interpreted()
+    call.tensors["out"] = call["z"]
+    assert same(call.interpreted()["out"], want["out"])
+    call.tensors["out"] = call["x"]
+    before = call.copy()
+    for refused in (call.layout, lambda: ssmgen.selective_state_update(**call.arguments())):
+        with pytest.raises(ArgumentValueError, match=r"out: found x itself; .* parent_tokens"):
+            refused()
+    assert all(same(before[name], call[name]) for name in call.tensors)
 
 
 # Bits that must agree
@@ -295,3 +320,34 @@ def test_the_checked_mode_raises_where_the_kernel_would_give_nan(monkeypatch):
     with pytest.raises(ArgumentValueError, match="cu_seqlens: found a sequence of 5 tokens"):
         ssmgen.selective_state_update(**before.arguments())
     assert before["out"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"indices": [3, 3]}, "state_batch_indices: found slot 3, that two rows write"),
+        ({"indices": [1, 2], "dst": [4, 4]}, "dst_.*: found slot 4, that two rows write"),
+        ({"indices": [1, 2], "dst": [[4, 5], [6, 4]]}, "dst_.*: found slot 4, that two rows"),
+        ({"indices": [1, 2], "dst": [5, 1]}, "^state_.*: found slot 1, that another row writes"),
+        ({"buffer": 2, "entries": [5, 5]}, "intermediate_.*: found entry 5, that two rows write"),
+        ({"buffer": 2, "indices": [1, 1], "update": False}, "found entry 1, that two rows write"),
+        # A slot that is only read, that the row itself writes again, or that is padding.
+        ({"indices": [1, 1], "update": False}, None),
+        ({"indices": [1, 1], "dst": [4, 5]}, None),
+        ({"indices": [1, 2], "dst": [[1, 1], [6, 2]]}, None),
+        ({"indices": [-1, -1], "dst": [3, 3], "buffer": 2, "entries": [2, 2]}, None),
+        ({"indices": [1, 2], "dst": [-1, -1], "buffer": 2, "entries": [-1, -1]}, None),
+        ({"lengths": [2, 0], "steps": 2, "indices": [1, 1]}, None),
+    ],
+)
+def test_the_checked_mode_raises_where_rows_would_race(options, words, monkeypatch):
+    call = make_tokens("fp32", **{"tokens": 2, "batch": 2, **SMALL, **options})
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    monkeypatch.setenv("SSMGEN_CHECK", "1")
+    before = call.copy()
+    if words is None:
+        ssmgen.selective_state_update(**call.arguments())
+        return
+    with pytest.raises(ArgumentValueError, match=words):
+        ssmgen.selective_state_update(**call.arguments())
+    assert all(same(before[name], call[name]) for name in call.tensors)

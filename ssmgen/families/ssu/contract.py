@@ -30,7 +30,15 @@ from ..contract import (
 from .config import FLOATS, SCALED, SsuConfig
 from .strides import addresses_aligned, check_strides, strides_aligned, tied
 
-__all__ = ["ABI_TENSORS", "STEP_TENSORS", "check", "check_dtypes", "layout", "normalise"]
+__all__ = [
+    "ABI_TENSORS",
+    "STEP_TENSORS",
+    "check",
+    "check_dtypes",
+    "check_out",
+    "layout",
+    "normalise",
+]
 
 # Tensor arguments in ABI order; absent ones are left out. Those of one token a row:
 STEP_TENSORS = (
@@ -296,6 +304,12 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
         raise ArgumentTypeError("rand_seed: given with an fp32 state, which is not rounded")
 
 
+def check_out(out: torch.Tensor, x: torch.Tensor, parents: torch.Tensor | None) -> None:
+    """A path of a tree reads x again after outputs were written."""
+    if parents is not None and out is x:
+        fail("out", "x itself", "other memory than that of x, with parent_tokens")
+
+
 def layout(
     *,
     dt_softplus: bool = False,
@@ -312,6 +326,7 @@ def layout(
     given = check_given(arguments, ABI_TENSORS, ("state", "x", "dt", "A", "B", "C", "out"))
     check_switches(dt_softplus=dt_softplus, pdl=pdl, disable_state_update=disable_state_update)
     check_pad(pad_slot_id)
+    check_out(given["out"], given["x"], given.get("parent_tokens"))
     views = normalise(given)
     config = check(
         views,
@@ -363,7 +378,7 @@ def _scalars(
     def stride(argument: str) -> int:
         name = argument.removesuffix("_stride")
         if name in _STRIDED:
-            return views[_STRIDED[name]].stride(0)
+            name += "_row"
         name, _, axis = name.rpartition("_")
         tensor, at = views[_STRIDED.get(name, name)], axes[axis]
         if name == "A" and axis != "dstate":
