@@ -128,7 +128,8 @@ def _integers(name: str, values: Any) -> np.ndarray:
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise ArgumentTypeError(f"{name}: found {array.dtype} values; allowed: integers")
-    return array.astype(np.int64, copy=False)
+    # A copy: the caller may fill its array again before the step is over.
+    return array.astype(np.int64)
 
 
 def _flags(values: Any) -> np.ndarray:
@@ -137,7 +138,7 @@ def _flags(values: Any) -> np.ndarray:
             return _packed("b", np.int8, values) != 0
         except struct.error:
             pass
-    return np.asarray(values, np.bool_)
+    return np.array(values, np.bool_)
 
 
 def _packed(code: str, dtype: type, values: Sequence[int]) -> np.ndarray:

@@ -146,6 +146,9 @@ def test_what_is_made_in_inference_mode_can_be_used_outside_of_it(monkeypatch, d
         pool = ssmgen.StatePool(LAYERS, 6)
         pool.register("n", reset=1)
         meta = ssmgen.DecodeMetadata(pool, max_rows=4, max_tokens=4, drafts=1)
+        taken = pool.alloc(2)
+        meta.build(taken, [1, 1], prefill=[True, False], first=[True, False])
+        pool.free(taken)
         views = pool.state(0), pool.table("n")
     [slot] = pool.alloc()
     for view in views:
@@ -153,7 +156,8 @@ def test_what_is_made_in_inference_mode_can_be_used_outside_of_it(monkeypatch, d
     meta.build([slot], [1], accepted=pool.table("n"))
     with torch.inference_mode():
         pool.resize(8)
-        meta.build([slot], [1])
+        meta.build([slot], [1], prefill=[True], first=[True])
+    meta.build([slot], [1], prefill=[True], first=[True])
     pool.copy([slot], pool.alloc())
     pool.state(0)[slot] = 1
     meta.build([slot], [1])

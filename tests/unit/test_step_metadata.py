@@ -632,6 +632,24 @@ def test_a_tracked_row_is_checkpointed_at_what_it_accepted(on_device):
     assert pool.conv(0)[saved, 0, :3].tolist() == histories
 
 
+def test_arrays_may_be_filled_again_once_a_step_is_built():
+    """An engine keeps its arrays from step to step; a checkpoint comes after the layers."""
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3))], 12)
+    row, (saved,) = pool.alloc(4), pool.alloc()
+    for slot in range(12):
+        pool.state(0)[slot] = slot
+    arrays = {
+        "slots": np.array([row]), "tokens": np.array([3]), "accepted": np.array([2]),
+        "prefill": np.array([False]), "first": np.array([False]), "track": np.array([saved]),
+    }  # fmt: skip
+    meta = metadata(pool=pool).build(**arrays)
+    for array in arrays.values():
+        array[:] = 1
+    meta.checkpoint([3])
+    assert pool.state(0)[saved, 0, 0, 0] == row[2]
+    assert meta.verify.rows.tolist() == [0]
+
+
 def test_nothing_tracked_is_nothing_done_and_a_pool_is_needed():
     pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3))], 4)
     meta = metadata(pool=pool).build(pool.alloc(2), [1, 1])
