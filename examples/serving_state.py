@@ -50,7 +50,7 @@ def main() -> None:
 
     # Request a has 9 true tokens; b's do not matter.
     true = tokens(9)
-    a, b = pool.alloc(DRAFTS + 1, zero=1), pool.alloc(DRAFTS + 1, zero=1)
+    a, b = pool.alloc(DRAFTS + 1, zero=0), pool.alloc(DRAFTS + 1, zero=0)
     found = []
 
     def step(counts, accepted, begin, right, prefill=None, first=None, track=None):

@@ -2,7 +2,9 @@
 
 An engine that writes states in two layouts, (V, K) and (K, V), says which in a side table, and
 keeps accepted counts and seeds in two more. Every operation first reads what a request holds,
-through the pool, and compares it with the model: plain lists of arrays.
+through the pool, and compares it with the model: plain lists of arrays. Half of the steps, tracked
+slots and prompts that begin go by the tables of a DecodeMetadata, in which other requests have
+rows, too; the others by the slots alone.
 """
 
 from __future__ import annotations
@@ -62,6 +64,9 @@ class Engine:
         self.pool.register("layout", dtype=torch.int8, reset=0, of="state")
         self.pool.register("accepted", reset=1, of="request")
         self.pool.register("seed", dtype=torch.int64, reset=0, of="request")
+        self.metadata = ssmgen.DecodeMetadata(
+            self.pool, max_rows=64, max_tokens=128, drafts=COLUMNS - 1
+        )
         self.requests: list[tuple[list[int], Held]] = []
         self.prefixes: list[tuple[list[int], Held]] = []
         self.hosted: list[tuple[Any, Held, str]] = []
@@ -93,31 +98,75 @@ class Engine:
                 assert np.array_equal(is_, must), f"{part} of layer {layer} of {slots} are wrong"
         assert found.seed == held.seed, f"the seed of {slots} is wrong"
 
-    def advance(self, at: int, tokens: int, columns: list[int], kv: bool, n: int) -> None:
+    def advance(
+        self, at: int, tokens: int, columns: list[int], kv: bool, n: int, track: int | None = None
+    ) -> None:
         """Request `at` reads what it holds and takes `tokens` tokens, of which the states after the
-        last ``len(columns)`` go to those columns, as (K, V) or (V, K); n are accepted."""
+        last ``len(columns)`` go to those columns, as (K, V) or (V, K); n are accepted. What that
+        comes to also goes to the slot `track`."""
         slots, held = self.requests[at]
         self.expect(slots, held)
+        if track is not None or self.random.random() < 0.5:
+            begin, written = self.by_tables(at, tokens, len(columns), track)
+        else:
+            begin, written = self.tables("accepted")[slots[0]] - 1, [slots[c] for c in columns]
         states, scales, histories = [], [], []
         for layer in range(LAYERS):
             new = self.values.standard_normal((CHANNELS, tokens)).astype(np.float32)
-            window = np.concatenate([held.histories[layer], new], 1)
+            history = self.pool.conv(layer).numpy()[slots[0]]
+            window = np.concatenate([history[:, begin : begin + LIVE], new], 1)
+            assert np.array_equal(window[:, :LIVE], held.histories[layer]), "the window is wrong"
             keep = LIVE + len(columns) - 1
-            self.pool.conv(layer).numpy()[slots[0], :, :keep] = window[:, -keep:]
+            history[:, :keep] = window[:, -keep:]
             end = window.shape[1] - len(columns) + n
             histories.append(window[:, end - LIVE : end])
             each = self.values.integers(-99, 99, (len(columns), HV, V, K), np.int16)
             scale = self.values.random((len(columns), HV, V)).astype(np.float32)
-            for column, value, factor in zip(columns, each, scale):
-                memory = self.pool.state(layer).numpy()[slots[column]]
+            for slot, value, factor in zip(written, each, scale):
+                memory = self.pool.state(layer).numpy()[slot]
                 memory[:] = value.swapaxes(1, 2).reshape(HV, V, K) if kv else value
-                self.pool.scale(layer).numpy()[slots[column]] = factor
+                self.pool.scale(layer).numpy()[slot] = factor
             states.append(each[n - 1])
             scales.append(scale[n - 1])
-        for column in columns:
-            self.tables("layout")[slots[column]] = kv
+        for slot in written:
+            self.tables("layout")[slot] = kv
         self.tables("accepted")[slots[0]] = n
         self.requests[at] = slots, Held(states, scales, histories, held.seed)
+        if track is not None:
+            # Of rows that are not verify the counts say nothing.
+            counts = [self.random.randint(1, COLUMNS) for _ in self.metadata.first_slots]
+            if len(columns) > 1:
+                counts[self.row] = n
+            on_device = self.random.random() < 0.5
+            self.metadata.checkpoint(torch.tensor(counts) if on_device else counts)
+
+    def by_tables(
+        self, at: int, tokens: int, columns: int, track: int | None
+    ) -> tuple[int, list[int]]:
+        """Where the history of a request begins and which slots it writes, as the tables of a step
+        say it in which others have rows, too. The state it reads must be what it holds."""
+        others = [i for i in range(len(self.requests)) if i != at]
+        members = [at, *self.random.sample(others, min(len(others), 3))]
+        self.random.shuffle(members)
+        self.row = row = members.index(at)
+        chunk = columns == 1 and (tokens > 1 or self.random.random() < 0.5)
+        taken = [tokens if i == at else self.random.randint(1, COLUMNS) for i in members]
+        counts = torch.from_numpy(self.tables("accepted"))
+        if self.random.random() < 0.5:
+            counts = [int(counts[self.requests[i][0][0]]) for i in members]
+        meta = self.metadata.build(
+            [self.requests[i][0] for i in members], taken, accepted=counts,
+            prefill=[i == at and chunk for i in members],
+            track=[track if i == at and track is not None else -1 for i in members],
+        )  # fmt: skip
+        part = meta.prefill if chunk else meta.verify if tokens > 1 else meta.plain
+        i = part.rows.tolist().index(row)
+        slots, held = self.requests[at]
+        found = self.pool.scale(0).numpy()[int(part.read_slots[i])]
+        assert np.array_equal(found, held.scales[0]), f"the state read by row {i} is wrong"
+        assert part.write_slots[i] == meta.first_slots[row] == slots[0]
+        written = part.slots[i, :columns].tolist() if columns > 1 else [int(part.write_slots[i])]
+        return int(part.num_accepted_tokens[i]) - 1, written
 
     # Operations: each does something or, where there is nothing to do it to, returns False
 
@@ -141,9 +190,13 @@ class Engine:
         return [(s, held) for slots, held in (*self.requests, *self.prefixes) for s in slots]
 
     def alloc(self) -> bool:
-        slots = self.allocated(lambda: self.pool.alloc(COLUMNS, zero=1), COLUMNS)
+        begins = self.random.random() < 0.5
+        zero = 0 if begins else 1
+        slots = self.allocated(lambda: self.pool.alloc(COLUMNS, zero=zero), COLUMNS)
         if slots is None:
             return False
+        if begins:
+            self.metadata.build([slots], [1], prefill=[True], first=[True])
         seed = self.random.randrange(1, 2**40)
         # Written as zeros and not known to be: what the pool promises of a new slot.
         self.tables("seed")[slots[0]] = seed
@@ -183,6 +236,15 @@ class Engine:
         to = None if at is None else self.allocated(lambda: self.pool.alloc(zero=0), 1)
         if at is None or to is None:
             return False
+        if self.random.random() < 0.5:
+            kind = self.random.choice(["chunk", "plain", "verify"])
+            tokens = 1 if kind == "plain" else self.random.randint(2, COLUMNS)
+            columns = list(range(tokens)) if kind == "verify" else [0]
+            n = self.random.randint(1, len(columns))
+            self.advance(at, tokens, columns, False, n, track=to[0])
+            self.prefixes.append((to, self.requests[at][1].of_nobody()))
+            self.expect(*self.prefixes[-1])
+            return True
         slots, held = self.requests[at]
         n = int(self.tables("accepted")[slots[0]])
         # As a request that had the slot might have left them.
@@ -293,6 +355,7 @@ class Engine:
             self.expect(slots, held)
         used = [s for s, _ in self.held_slots()]
         assert len(set(used)) == len(used) == self.pool.slots - self.pool.free_slots
+        self.pool.check()
 
     def run(self, operations: int) -> None:
         """So many operations that did something."""

@@ -23,23 +23,15 @@ from ssmgen.serving.partition import Partition
 Tensor = torch.Tensor
 
 
-# How each policy changes what a plain row gets. "homogeneous only" has the right tables only where
-# no row of the step has drafts.
+# What a wrong policy loses of rows without drafts. "homogeneous only" has the right tables only
+# where no row of the step has drafts.
 POLICIES = ("original bug", "state only", "conv only", "homogeneous only")
 
 
-def spoiled(
-    policy: str | None, part: Partition, mixed: bool, recurrent: dict, conv: dict
-) -> tuple[dict, dict]:
-    """The arguments of the plain rows under a policy; None: the right ones."""
-    keep_state = policy in (None, "state only") or (policy == "homogeneous only" and not mixed)
-    keep_conv = policy in (None, "conv only") or (policy == "homogeneous only" and not mixed)
-    if not keep_state:
-        recurrent = recurrent | {"state_batch_indices": part.write_slots}
-    if not keep_conv:
-        ones = torch.ones_like(part.num_accepted_tokens)
-        conv = conv | {"num_accepted_tokens": ones}
-    return recurrent, conv
+def keeps(what: str, policy: str | None, mixed: bool) -> bool:
+    """Whether a policy, None for the right one, counts accepted tokens for the state or the conv of
+    rows without drafts; `mixed`: other rows of the step have some."""
+    return policy in (None, f"{what} only") or (policy == "homogeneous only" and not mixed)
 
 
 @dataclass(eq=False)
@@ -85,7 +77,15 @@ class Request:
 class Server:
     """`uniform`: in a step either all decoding rows have drafts or none has. `moves`: requests are
     preempted (checkpointed, or taken whole, to the host) and come back elsewhere, and the pool
-    grows. `counts`: accepted counts come from the "host" or from a side "table" on the device."""
+    grows. `counts`: accepted counts come from the "host" or from a side "table" on the device.
+
+    `keep` is how the recurrent op knows where a row starts. "slots": by the arguments of
+    `Partition.recurrent`. "columns": the kernel of one token takes the column itself, from all
+    slots and the count. "sequences": rows without drafts go to the kernel of several tokens.
+    "buffer": a request has its state in one slot; of a row with drafts the states after each token
+    go to the intermediate buffer, and the accepted one is copied.
+
+    `begin`: steps say which rows begin a prompt."""
 
     drafts: int = 3
     policy: str | None = None
@@ -96,6 +96,10 @@ class Server:
     pad_slot_id: int = -1
     transposed: bool = False
     dtype: torch.dtype = torch.float32
+    state: torch.dtype | None = None
+    keep: str = "slots"
+    begin: bool = True
+    pdl: bool = False
     device: str = "cpu"
     model: Model = field(default_factory=Model)
     steps: Any = field(default_factory=Steps)
@@ -119,7 +123,7 @@ class Server:
         self.weight = self.random_tensor(gen, model.layers, model.channels, model.width) / 2
         self.A_log, self.dt_bias = self.random_tensor(gen, 2, model.layers, model.HV)
         spec = ssmgen.LayerSpec(
-            state=(model.HV, model.V, model.K), state_dtype=self.dtype,
+            state=(model.HV, model.V, model.K), state_dtype=self.state or self.dtype,
             conv=(model.channels, model.width - 1 + self.drafts), conv_dtype=self.dtype,
             conv_width=model.width, state_transposed=self.transposed,
             conv_transposed=self.transposed,
@@ -129,6 +133,10 @@ class Server:
             pad_slot_id=self.pad_slot_id,
         )  # fmt: skip
         self.pool.register("accepted", reset=1, of="request")
+        buffers = (model.layers, self.rows, self.drafts + 1, model.HV, model.V, model.K)
+        self.buffers = torch.full(
+            buffers, torch.nan, dtype=self.state or self.dtype, device=self.device
+        )
         self.shuffle_free_slots()
         self.metadata = ssmgen.DecodeMetadata(
             self.pool, max_rows=self.rows, max_tokens=4 * self.rows, drafts=self.drafts
@@ -163,8 +171,9 @@ class Server:
             self.running.append(request)
         while self.waiting and self.waiting[0].arrives <= now and len(self.running) < self.rows:
             request = self.waiting.pop(0)
-            # Of the slots of a request only the first is read before it is written.
-            request.slots = self.pool.alloc(self.drafts + 1, zero=1)
+            # None is read before it is written, but for the first, and a prompt that begins has
+            # that zeroed.
+            request.slots = self.pool.alloc(self.drafts + 1, zero=0)
             self.running.append(request)
 
     def move(self) -> None:
@@ -272,7 +281,9 @@ class Server:
             [count for count, _, _ in plans],
             accepted=accepted,
             prefill=[chunk for _, _, chunk in plans],
-            first=[chunk and not r.done for r, (_, _, chunk) in zip(self.running, plans)],
+            first=[
+                self.begin and chunk and not r.done for r, (_, _, chunk) in zip(self.running, plans)
+            ],
             track=self.track(),
             plain_rows=self.rows if self.padded else None,
             verify_rows=self.rows if self.padded else None,
@@ -297,14 +308,15 @@ class Server:
         meta, steps = self.metadata, self.steps
         conv_state, state = self.pool.conv(layer), self.pool.state(layer)
         weight, A_log, dt_bias = self.weight[layer], self.A_log[layer], self.dt_bias[layer]
+        mixed = len(meta.verify.rows) > 0
+        pdl = {"pdl": True} if self.pdl else {}
         for part in (meta.plain, meta.verify, meta.prefill):
             if not part:
                 continue
-            conv = part.conv(conv_state, self.model.width)
-            recurrent = part.recurrent
-            if part is meta.plain:
-                mixed = len(meta.verify.rows) > 0
-                recurrent, conv = spoiled(self.policy, part, mixed, recurrent, conv)
+            conv = part.conv(conv_state, self.model.width) | pdl
+            recurrent = self.recurrent(part, layer, mixed) | pdl
+            if part is meta.plain and not keeps("conv", self.policy, mixed):
+                conv["num_accepted_tokens"] = torch.ones_like(part.num_accepted_tokens)
             x, a, b = (part.take(inputs[n]) for n in ("x", "a", "b"))
             if part is meta.prefill:
                 x = steps.causal_conv1d_fn(x.T, weight=weight, activation="silu", **conv).T
@@ -314,11 +326,51 @@ class Server:
             y = steps.gated_delta_rule_decode(state, q, k, v, A_log, a, dt_bias, b, **recurrent)
             part.put(out, y)
 
+    def recurrent(self, part: Partition, layer: int, mixed: bool) -> dict[str, Any]:
+        """Arguments of the recurrent op, as `keep` and the policy have them."""
+        arguments = part.recurrent
+        counts = part.num_accepted_tokens
+        plain = part.kind == "plain"
+        if plain and not keeps("state", self.policy, mixed):
+            counts = torch.ones_like(counts)
+            arguments["state_batch_indices"] = part.write_slots
+        if self.keep == "buffer":
+            arguments["state_batch_indices"] = part.write_slots
+            if part.kind == "verify":
+                del arguments["dst_state_batch_indices"], arguments["num_accepted_tokens"]
+                # Not the entries of the rows.
+                self.entries = torch.arange(part.batch, device=self.device).flip(0)
+                arguments |= {
+                    "disable_state_update": True,
+                    "intermediate_states_buffer": self.buffers[layer],
+                    "intermediate_state_indices": self.entries,
+                }
+        elif plain and self.keep != "slots":
+            arguments |= {"state_batch_indices": part.slots, "num_accepted_tokens": counts}
+            if self.keep == "sequences":
+                arguments |= {
+                    "dst_state_batch_indices": part.slots,
+                    "cu_seqlens": part.cu_seqlens,
+                    "cache_steps": 4,
+                }
+        return arguments
+
+    def copy_accepted(self, counts: list[int]) -> None:
+        """With `keep` "buffer": the state after the last accepted token, to the slot."""
+        rows = self.metadata.verify.rows
+        for entry, row in zip(self.entries.tolist(), rows) if len(rows) else ():
+            slot, mixed = self.running[row].slots[0], len(self.metadata.plain.rows) > 0
+            n = counts[row] if keeps("state", self.policy, mixed) else 1
+            for layer in range(self.model.layers):
+                self.pool.state(layer)[slot] = self.buffers[layer, entry, n - 1]
+
     def sampled(self, plans: list[tuple[int, int, bool]], out: Tensor) -> None:
         counts = [1 if chunk else true for _, true, chunk in plans]
         table = self.pool.table("accepted")
         new = torch.tensor(counts, dtype=table.dtype, device=table.device)
         table.index_copy_(0, self.metadata.first_slots, new)
+        if self.keep == "buffer":
+            self.copy_accepted(counts)
         begin, done = 0, []
         for request, (count, true, _), n in zip(self.running, plans, counts):
             for i in range(true):

@@ -169,9 +169,13 @@ def _recurrent(
         gates = {"g": g, "beta": beta}
 
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
+    batch, tokens = q.shape[:2]
+    if cu_seqlens is None and tokens > 1:
+        # As sequences: a kernel has the tokens of a dense call as a constant.
+        cu_seqlens = torch.arange(0, batch * tokens + 1, tokens, device=q.device)
     if cu_seqlens is not None:
-        inputs = [x.squeeze(0) for x in inputs]
-        gates |= {n: gates[n].squeeze(0) for n in gates.keys() & {"a", "b", "g", "beta"}}
+        inputs = [x.flatten(0, 1) for x in inputs]
+        gates |= {n: gates[n].flatten(0, 1) for n in gates.keys() & {"a", "b", "g", "beta"}}
     out = gated_delta_rule_decode(
         state if state_v_first else state.transpose(-1, -2),
         *inputs,
@@ -182,8 +186,8 @@ def _recurrent(
         disable_state_update=not (output_final_state or inplace),
         cu_seqlens=cu_seqlens,
         # A power of two, so that few kernels serve all lengths.
-        cache_steps=0 if cu_seqlens is None else 1 << max(0, q.shape[1] - 1).bit_length(),
+        cache_steps=0 if cu_seqlens is None else 1 << max(0, tokens - 1).bit_length(),
     )
     if cu_seqlens is not None:
-        out = out.unsqueeze(0)
+        out = out.unflatten(0, (batch, tokens))
     return out, state if output_final_state else None

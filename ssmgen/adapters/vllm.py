@@ -46,7 +46,8 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         (out, initial_state).
 
     Raises:
-        ArgumentValueError: a width that no H explains; and what `gated_delta_rule_decode` raises.
+        ArgumentValueError: a width that no H explains, or one slot a row with
+            `num_accepted_tokens`; and what `gated_delta_rule_decode` raises.
     """
     value_heads, v_dim, k_dim = initial_state.shape[1:]
     heads, rest = divmod(mixed_qkv.shape[-1] - value_heads * v_dim, 2 * k_dim)
@@ -54,6 +55,11 @@ def fused_recurrent_gated_delta_rule_packed_decode(
         raise ArgumentValueError(
             f"mixed_qkv: found shape {tuple(mixed_qkv.shape)}; allowed: (batch, 2 H {k_dim} + "
             f"{value_heads * v_dim})"
+        )
+    if num_accepted_tokens is not None and ssm_state_indices.dim() != 2:
+        raise ArgumentValueError(
+            f"ssm_state_indices: found shape {tuple(ssm_state_indices.shape)}; allowed: (batch, "
+            "slots of the last step) with num_accepted_tokens"
         )
     q, k, v = split_qkv(mixed_qkv, heads, value_heads, k_dim, v_dim)
     gated_delta_rule_decode(

@@ -11,6 +11,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from ..families.base import Layout
 from ..families.conv1d.contract import ABI_TENSORS, ALIGNABLE, check_dtypes, layout, normalise
 from ..reference import conv1d as reference
+from ..reference.tables import refuse_races
 from .operation import Operation, require_tensor
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
@@ -167,19 +168,35 @@ def _views(arguments: dict[str, Any], prefill: bool) -> dict[str, Any]:
     return normalise(given, prefill=prefill)
 
 
+_SLOTS = ("conv_state_indices", "dst_state_indices")
 _TABLES = ("conv_state_indices", "dst_state_indices", "num_accepted_tokens", "cache_seqlens",
            "query_start_loc")  # fmt: skip
 
 
 def _check_tables(arguments: dict[str, Any], prefill: bool) -> None:
     views = _views(arguments, prefill)
-    reference.read_rows(
+    rows = reference.read_rows(
         views["x"],
         views.get("conv_state"),
         views["weight"].shape[1],
         arguments["pad_slot_id"],
         alignment=arguments["alignment"],
         **{n: views[n] for n in _TABLES if n in views},
+    )
+    if "conv_state" not in views:
+        return
+    read = rows.live & (rows.length > 0)
+    if prefill:
+        # Only a sequence that goes on reads its slot.
+        continued = views.get("has_initial_state")
+        read &= False if continued is None or "initial_states" in views else continued
+    names = [_NAMES_IN_PREFILL.get(n, n) if prefill else n for n in _SLOTS]
+    refuse_races(
+        (names[0], names[1]),
+        len(views["conv_state"]),
+        (read.nonzero()[:, 0], rows.slot[read]),
+        [(rows.kept.nonzero()[:, 0], rows.target[rows.kept])],
+        "dst_state_indices" in views,
     )
 
 

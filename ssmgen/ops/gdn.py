@@ -11,7 +11,7 @@ from ..families.base import Layout
 from ..families.gdn.contract import ABI_TENSORS, check_dtypes, layout, normalise
 from ..families.gdn.packing import split_qkv
 from ..reference.gdn import gated_delta_rule_decode as reference
-from ..reference.tables import read_tables
+from ..reference.tables import check_apart, read_tables
 from .operation import Operation, require_tensor
 
 __all__ = ["gated_delta_rule_decode", "split_qkv"]
@@ -150,9 +150,10 @@ def _reference(arguments: dict[str, Any], described: Layout) -> None:
 def _check_tables(arguments: dict[str, Any]) -> None:
     views = _views(arguments)
     tables = {n: views[n] for n in _TABLES if n in views}
-    if arguments["disable_state_update"]:
+    update = not arguments["disable_state_update"]
+    if not update:
         tables.pop("dst_state_batch_indices", None)
-    read_tables(
+    rows = read_tables(
         views["q"],
         len(views["state"]),
         arguments["pad_slot_id"],
@@ -160,6 +161,8 @@ def _check_tables(arguments: dict[str, Any]) -> None:
         entries_are_rows=True,
         **tables,
     )
+    buffer = tables.get("intermediate_states_buffer", ())
+    check_apart(rows, len(views["state"]) if update else 0, len(buffer))
 
 
 _TABLES = (

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentValueError
 
-__all__ = ["Rows", "check_apart", "read_tables"]
+__all__ = ["Rows", "check_apart", "read_tables", "refuse_races"]
 
 Tensor = torch.Tensor
 
@@ -145,15 +145,29 @@ def check_apart(rows: Rows, nslots: int, nentries: int) -> None:
     """
     tokens = range(int(rows.length.max()) if len(rows.length) else 0)
     if tokens and nslots:
-        name = "state_batch_indices" if rows._pad is None else "dst_state_batch_indices"
-        writer = _writers(f"{name}: found slot", nslots, [rows.targets(t) for t in tokens])
+        names = "state_batch_indices", "dst_state_batch_indices"
         reader = (rows.live & (rows.length > 0)).nonzero()[:, 0]
-        slots = rows.source[reader]
-        another = (writer[slots] >= 0) & (writer[slots] != reader)
-        _refuse("state_batch_indices: found slot", slots[another], "that another row writes")
+        written = [rows.targets(t) for t in tokens]
+        refuse_races(names, nslots, (reader, rows.source[reader]), written, rows._pad is not None)
     if tokens and nentries:
         name = "state_batch_indices" if rows._entry_pad is None else "intermediate_state_indices"
         _writers(f"{name}: found entry", nentries, [rows.entries(t) for t in tokens])
+
+
+def refuse_races(
+    names: tuple[str, str],
+    nslots: int,
+    read: tuple[Tensor, Tensor],
+    written: list[tuple[Tensor, Tensor]],
+    has_dst: bool,
+) -> None:
+    """Raise `ArgumentValueError` if two rows write one slot or one reads the slot another writes,
+    of (rows, slots) that are `read` and `written`; `names` are those of the tables of sources and
+    destinations."""
+    writer = _writers(f"{names[has_dst]}: found slot", nslots, written)
+    reader, slots = read
+    another = (writer[slots] >= 0) & (writer[slots] != reader)
+    _refuse(f"{names[0]}: found slot", slots[another], "that another row writes")
 
 
 def _writers(found: str, count: int, written: list[tuple[Tensor, Tensor]]) -> Tensor:

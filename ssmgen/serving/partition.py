@@ -25,8 +25,8 @@ class Partition:
         rows: which rows of the step these are, in order, on the host; padded ones are not there.
         batch: how many rows the tables have, padded ones included.
         ntokens: tokens of these rows, padded ones included.
-        longest: no row has more tokens; a bound that does not depend on the step, except for
-            prefill.
+        longest: no row has more tokens: a bound that is the same in every step, so that one kernel
+            serves prompt chunks of any length.
         shifted: the conv history of some row may begin at another column than 0.
         whole: the step has no other rows, so these have all the tokens of x, in order.
         tokens: (ntokens,) int64: the tokens' places in x.
@@ -68,8 +68,8 @@ class Partition:
         Plain rows: one token, from `read_slots` to `write_slots`. Verify rows: from column n - 1 of
         `slots`, and the state after token t to column t. Prefill rows: all tokens of the chunk,
         from `read_slots`, and the state after the last to `write_slots`; such an op knows no
-        `has_initial_state`, so the slots of a new prompt must be zero, as those of
-        `StatePool.alloc` are.
+        `has_initial_state`, and reads zeros where a prompt begins because
+        `DecodeMetadata.build` has put them there.
         """
         if self.kind == "verify":
             return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
@@ -17,8 +16,8 @@ from ..errors import ArgumentTypeError, ArgumentValueError, DeviceError, PoolErr
 from ..settings import settings
 from .allocator import SlotAllocator, integer
 from .host import HostSlots
-from .memory import SlotMemory
-from .record import LayerSpec, Record, Table
+from .memory import SlotMemory, one_device
+from .record import LayerSpec, Table
 from .validator import Validator
 
 __all__ = ["StatePool"]
@@ -66,15 +65,13 @@ class StatePool:
             raise ArgumentValueError("layers: found none; allowed: at least one")
         if pad_slot_id not in (-1, 0):
             raise ArgumentValueError(f"pad_slot_id: found {pad_slot_id}; allowed: -1, 0")
-        self.device = torch.device(device)
+        self.device = one_device(device)
         if self.device.type not in ("cpu", "cuda"):
             raise DeviceError(f"device: found {self.device}; allowed: cpu, cuda")
         self.pad_slot_id = pad_slot_id
         self._slots = SlotAllocator(pad_slot_id + 1, integer("slots", slots, 1))
-        self._record = Record(self.layers)
         self._lock = threading.RLock()
-        self._taken: SlotMemory | None = None
-        self._views: dict[Any, Tensor] = {}
+        self._memory = SlotMemory(self.layers, self._slots.end, self.device, settings().debug)
         self._validator: Validator | None = None
         if settings().debug:
             self._validator = Validator(self._slots.end, pad_slot_id, self.device)
@@ -94,7 +91,7 @@ class StatePool:
     @property
     def slot_nbytes(self) -> int:
         """Bytes from one slot to the next, side tables and padding included."""
-        return self._record.pitch
+        return self._memory.record.pitch
 
     def register(
         self,
@@ -119,17 +116,11 @@ class StatePool:
             PoolError: the memory has been taken already: register before the first use.
             ArgumentValueError: the name is in use, or an argument cannot be.
         """
+        if of not in ("state", "request"):
+            raise ArgumentValueError(f"of: found {of!r}; allowed: 'state', 'request'")
+        sizes = tuple(integer("shape", size, 0) for size in shape)
         with self._lock:
-            if self._taken is not None:
-                raise PoolError(f"{name}: registered after the first use of the pool")
-            if name in self._record.table:
-                raise ArgumentValueError(f"{name}: is registered already")
-            if of not in ("state", "request"):
-                raise ArgumentValueError(f"of: found {of!r}; allowed: 'state', 'request'")
-            table = Table(
-                name, tuple(integer("shape", size, 0) for size in shape), dtype, reset, of
-            )
-            self._record = Record(self.layers, (*self._record.tables, table))
+            self._memory.register(Table(name, sizes, dtype, reset, of))
 
     # Views
 
@@ -155,25 +146,11 @@ class StatePool:
         return self._view("table", name)
 
     def _view(self, part: str, key: int | str) -> Tensor:
-        # A view is made once: an op is asked for it on every call.
-        view = self._views.get((part, key))
+        view = self._memory.known(part, key)
         if view is not None:
             return view
         with self._lock:
-            fields = getattr(self._record, part)
-            if key not in fields:
-                known = ", ".join(map(str, sorted(fields))) or "none"
-                raise ArgumentValueError(f"{part}: found {key!r}; this pool has {known}")
-            view = self._views[part, key] = self._memory.view(fields[key])
-        return view
-
-    @property
-    def _memory(self) -> SlotMemory:
-        """The allocation, made when it is first asked for, under the lock."""
-        if self._taken is None:
-            debug = self._validator is not None
-            self._taken = SlotMemory(self._record, self._slots.end, self.device, debug)
-        return self._taken
+            return self._memory.view(part, key)
 
     # Lives
 
@@ -187,10 +164,13 @@ class StatePool:
                 read, such as those that verified drafts will fill. Side tables are always reset.
 
         Raises:
-            PoolExhaustedError: fewer are free. Nothing has changed.
+            PoolExhaustedError: fewer are free.
+            ArgumentValueError: `zero` is more than `count`. Nothing has changed.
         """
         count = integer("count", count, 1)
         zeroed = count if zero is None else integer("zero", zero, 0)
+        if zeroed > count:
+            raise ArgumentValueError(f"zero: found {zeroed}; allowed: 0 to {count}, the count")
         with self._lock:
             taken = self._take(count)
             for i, slot in enumerate(taken):
@@ -214,7 +194,7 @@ class StatePool:
             self._slots.give_back(freed)
 
     def _take(self, count: int) -> list[int]:
-        self._memory  # noqa: B018  Before anything changes: the device may have too little.
+        self._memory.take()  # before anything changes: the device may have too little
         taken = self._slots.take(count)
         if self._validator is not None:
             self._validator.mark(taken, True)
@@ -312,32 +292,13 @@ class StatePool:
             if both := set(targets).intersection(*[[s for row in rows for s in row]]):
                 raise PoolError(f"dst: slot {min(both)} is in tables too")
             for row in rows:
-                self._require_columns(len(row))
+                self.require_columns("tables", len(row))
             if isinstance(counts, Tensor):
-                for i, (row, target) in enumerate(zip(rows, targets)):
-                    slots = self._uploaded(row) if device_tables is None else device_tables[i]
-                    at = (counts[i : i + 1].long() - 1).clamp(0, len(row) - 1)
-                    self._memory.checkpoint_at(row, target, at, slots)
+                self._memory.checkpoint_at(rows, targets, counts, device_tables)
                 return
             columns = [self._column(n, len(row)) for n, row in zip(counts, rows)]
             for row, target, column in zip(rows, targets, columns):
                 self._memory.checkpoint(row, target, column)
-
-    def _require_columns(self, columns: int) -> None:
-        """That a table row may have so many slots: each conv history has a column for each."""
-        if columns < 1:
-            raise ArgumentValueError("tables: found a row of no slots; allowed: at least 1")
-        for first, _, _, live in self._record.histories:
-            most = first.shape[1] - live + 1
-            if columns > most:
-                raise ArgumentValueError(
-                    f"tables: found {columns} slots in a row; allowed: 1 to {most}, as a conv "
-                    f"history of length {first.shape[1]} has no more for width {live + 1}"
-                )
-
-    def _uploaded(self, values: list[int]) -> Tensor:
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
 
     @staticmethod
     def _column(accepted: int, columns: int) -> int:
@@ -347,6 +308,27 @@ class StatePool:
                 f"accepted: found {n}; allowed: 1 to {columns}, the columns of the table"
             )
         return n - 1
+
+    # For DecodeMetadata
+
+    def require(self, name: str, slots: Sequence[int]) -> None:
+        """That each of the slots is allocated, and named once; else a `PoolError` or an
+        `ArgumentValueError` that calls them `name`."""
+        with self._lock:
+            self._slots.require(name, slots)
+
+    def require_columns(self, name: str, columns: int) -> None:
+        """That a table row may have so many slots: each conv history has a column for each."""
+        if columns < 1:
+            raise ArgumentValueError(f"{name}: found a row of no slots; allowed: at least 1")
+        if wrong := self._memory.record.too_short(columns):
+            raise ArgumentValueError(f"{name}: found {columns} slots in a row; allowed: {wrong}")
+
+    def zero_states(self, slots: Tensor) -> None:
+        """Zero the conv histories, states and scales of these slots, (n,) int64 on the device, in
+        all layers: one kernel. Side tables stay."""
+        with self._lock:
+            self._memory.zero_states_at(slots)
 
     # To the host and back
 
@@ -361,17 +343,7 @@ class StatePool:
         """
         with self._lock:
             sources = self._slots.require("slots", slots)
-            on_gpu = self.device.type == "cuda"
-            memory = torch.empty(
-                len(sources), self._record.pitch, dtype=torch.uint8, pin_memory=on_gpu
-            )
-            for place, source in zip(memory, sources):
-                place.copy_(self._memory.slot(source), non_blocking=True)
-            event = None
-            if on_gpu:
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-        return HostSlots(memory, self._layout(), event)
+            return self._memory.to_host(sources)
 
     def reload(self, host: HostSlots) -> list[int]:
         """Allocate as many slots and copy them from the host. `host` may be reloaded again.
@@ -380,20 +352,12 @@ class StatePool:
             PoolExhaustedError: fewer are free.
             ArgumentValueError: it is from a pool of other layers or tables. Nothing has changed.
         """
-        if host.layout != self._layout():
-            raise ArgumentValueError("host: from a pool of other layers or side tables")
         with self._lock:
+            if host.layout != self._memory.record.layout:
+                raise ArgumentValueError("host: from a pool of other layers or side tables")
             taken = self._take(len(host))
-            if host.event is not None and self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).wait_event(host.event)
-            else:
-                host.wait()
-            for place, target in zip(host.memory, taken):
-                self._memory.slot(target).copy_(place, non_blocking=True)
+            self._memory.from_host(host, taken)
         return taken
-
-    def _layout(self) -> object:
-        return self._record.layers, self._record.tables
 
     def resize(self, slots: int) -> None:
         """Grow to so many slots, in new memory; slots keep their numbers and contents.
@@ -408,9 +372,7 @@ class StatePool:
             end = self._slots.first + integer("slots", slots)
             if end < self._slots.end:
                 raise ArgumentValueError(f"slots: found {slots}; allowed: at least {self.slots}")
-            if self._taken is not None:
-                self._taken.grow(end)
-                self._views = {}
+            self._memory.grow(end)
             if self._validator is not None:
                 self._validator.grow(end)
             self._slots.grow(end)

@@ -189,6 +189,22 @@ class Record:
         self._end += -(-field.nbytes // alignment) * alignment
         return field
 
+    @property
+    def layout(self) -> object:
+        """Equal for records whose bytes mean the same."""
+        return self.layers, self.tables
+
+    def too_short(self, columns: int) -> str | None:
+        """What is allowed, if a conv history has no column for each of so many slots in a row."""
+        for first, _, _, live in self.histories:
+            most = first.shape[1] - live + 1
+            if columns > most:
+                return (
+                    f"1 to {most}, as a conv history of length {first.shape[1]} has no more for "
+                    f"width {live + 1}"
+                )
+        return None
+
     def fresh_tables(self) -> torch.Tensor:
         """The bytes of the side tables of a slot that was just allocated, on the CPU."""
         fresh = torch.zeros(self.tables_end, dtype=torch.uint8)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,26 +15,38 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 __all__ = ["KINDS", "StepRows", "step_rows"]
 
 KINDS = ("plain", "verify", "prefill")
+_NONE = np.arange(0)
 
 
 @dataclass(frozen=True)
 class StepRows:
     """One entry a row: `slots` (rows, columns), the others (rows,).
 
-    `members` has the rows of each kind, in order: every row is in one of them.
+    `order` has the rows by kind, in their own order within a kind, and `bounds` where in it each
+    kind begins and the last one ends. `ends` has the tokens of the rows up to each, in that order.
+    `begun`: the first slots of rows that begin a prompt. `tracked`: the rows that are tracked.
     """
 
     slots: np.ndarray
     tokens: np.ndarray
-    starts: np.ndarray
     accepted: np.ndarray
     first: np.ndarray
     track: np.ndarray
-    members: dict[str, np.ndarray]
+    kind: np.ndarray
+    order: np.ndarray
+    bounds: list[int]
+    ends: np.ndarray
+    begun: np.ndarray
+    tracked: np.ndarray
 
-    def ntokens(self, kind: str) -> int:
-        """Tokens of the rows of a kind."""
-        return int(self.tokens[self.members[kind]].sum())
+    def ntokens(self) -> list[int]:
+        """Tokens of each kind."""
+        ends = [int(self.ends[bound - 1]) if bound else 0 for bound in self.bounds]
+        return [end - begin for begin, end in pairwise(ends)]
+
+    def most_accepted(self, of: np.ndarray) -> np.ndarray:
+        """How many tokens each of these rows can accept in this step."""
+        return np.where(self.kind[of] == KINDS.index("verify"), self.tokens[of], 1)
 
 
 def step_rows(
@@ -51,12 +66,14 @@ def step_rows(
         ArgumentValueError, ArgumentTypeError: an entry that cannot be, by name and row.
     """
     counts = _integers("tokens", tokens)
+    if counts.ndim != 1:
+        raise ArgumentValueError(f"tokens: found shape {counts.shape}; allowed: (rows,)")
     table = _table(slots, len(counts), columns, pad_slot_id)
 
     def column(name: str, values: Any, default: Any) -> np.ndarray:
         if values is None:
             return np.full(len(counts), default)
-        found = np.asarray(values, np.bool_) if default is False else _integers(name, values)
+        found = _flags(values) if default is False else _integers(name, values)
         if found.shape != counts.shape:
             raise ArgumentValueError(
                 f"{name}: found shape {found.shape}; allowed: {counts.shape}, one for each row"
@@ -65,46 +82,74 @@ def step_rows(
 
     chunk = column("prefill", prefill, False)
     begins = column("first", first, False)
-    # A request that begins has accepted nothing, whatever a request before it left there.
-    taken = np.where(begins, 1, column("accepted", accepted, 1))
+    taken = column("accepted", accepted, 1)
     target = column("track", track, pad_slot_id)
-
     decodes = ~chunk
     _refuse("tokens", counts, counts < 1, "at least 1; leave out a row that has none")
     _refuse("tokens", counts, decodes & (counts > columns), f"at most {columns}: one and the "
             f"{columns - 1} drafts, in a row that is not prefill")  # fmt: skip
-    _refuse("first", begins, begins & decodes, "False in a row that is not prefill")
+    if first is not None:
+        _refuse("first", begins, begins & decodes, "False in a row that is not prefill")
+        # A request that begins has accepted nothing, whatever a request before it left there.
+        taken = np.where(begins, 1, taken)
     _refuse("accepted", taken, (taken < 1) | (taken > columns), f"1 to {columns}")
-    each = np.arange(columns)
-    # Columns that are read, and those that are written: all of a row's drafts, else the first.
-    used = (each == taken[:, None] - 1) | (each < np.where(decodes, counts, 1)[:, None])
-    missing = (used & (table == pad_slot_id)).any(1)
-    _refuse("slots", table, missing, f"no padding, {pad_slot_id}, in a column that is read or "
-            "written")  # fmt: skip
-    plain = decodes & (counts == 1)
-    masks = dict(zip(KINDS, (plain, decodes & ~plain, chunk)))
+    padded = table == pad_slot_id
+    if np.count_nonzero(padded):
+        _refuse("slots", table, (padded[:, :-1] & ~padded[:, 1:]).any(1), f"padding, "
+                f"{pad_slot_id}, after the slots of a row only")  # fmt: skip
+        # Columns that are read, and those that are written: all of a row's drafts, else the first.
+        needed = np.maximum(taken, np.where(decodes, counts, 1))
+        _refuse("slots", table, (~padded).sum(1) < needed, f"no padding, {pad_slot_id}, in a "
+                "column that is read or written")  # fmt: skip
+    kind = np.where(chunk, 2, counts > 1)
+    # Of bytes: those are sorted by counting.
+    order = kind.astype(np.int8).argsort(kind="stable")
     return StepRows(
         slots=table,
         tokens=counts,
-        starts=np.cumsum(counts) - counts,
         accepted=taken,
         first=begins,
         track=target,
-        members={kind: np.flatnonzero(mask) for kind, mask in masks.items()},
+        kind=kind,
+        order=order,
+        bounds=[0, *np.bincount(kind, minlength=len(KINDS)).cumsum().tolist()],
+        ends=counts.take(order).cumsum(),
+        begun=table[:0, 0] if first is None else table[begins, 0],
+        tracked=_NONE if track is None else np.flatnonzero(target != pad_slot_id),
     )
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
+    if isinstance(values, (list, tuple)):
+        try:
+            return _packed("q", np.int64, values)
+        except struct.error:
+            pass  # numpy says better what is wrong with them
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise ArgumentTypeError(f"{name}: found {array.dtype} values; allowed: integers")
+    # A copy: the caller may fill its array again before the step is over.
     return array.astype(np.int64)
 
 
+def _flags(values: Any) -> np.ndarray:
+    if isinstance(values, (list, tuple)):
+        try:
+            return _packed("b", np.int8, values) != 0
+        except struct.error:
+            pass
+    return np.array(values, np.bool_)
+
+
+def _packed(code: str, dtype: type, values: Sequence[int]) -> np.ndarray:
+    """`values` as an array, which `struct` makes several times faster than numpy; read-only."""
+    return np.frombuffer(struct.pack(f"{len(values)}{code}", *values), dtype)
+
+
 def _table(slots: Any, rows: int, columns: int, pad_slot_id: int) -> np.ndarray:
-    """(rows, columns), filled up with padding; rows may be of different lengths."""
-    table = np.full((rows, columns), pad_slot_id)
-    if isinstance(slots, np.ndarray) or not slots or not isinstance(slots[0], (list, tuple)):
+    """(rows, columns) int32, filled up with padding; rows may be of different lengths."""
+    nested = isinstance(slots, (list, tuple)) and slots and isinstance(slots[0], (list, tuple))
+    if not nested:
         found = _integers("slots", slots)
         found = found[:, None] if found.ndim == 1 else found
         if found.ndim != 2 or len(found) != rows or found.shape[1] > columns:
@@ -112,20 +157,32 @@ def _table(slots: Any, rows: int, columns: int, pad_slot_id: int) -> np.ndarray:
                 f"slots: found shape {found.shape}; allowed: ({rows},) or ({rows}, at most "
                 f"{columns})"
             )
-        table[:, : found.shape[1]] = found
-        return table
-    longest = max(map(len, slots))
-    if len(slots) != rows or longest > columns:
-        raise ArgumentValueError(
-            f"slots: found {len(slots)} rows of up to {longest}; allowed: {rows} of up to {columns}"
-        )
-    for place, row in zip(table, slots):
-        place[: len(row)] = row
+        widths = {found.shape[1]}
+    else:
+        try:
+            widths = set(map(len, slots))
+        except TypeError:
+            raise ArgumentTypeError("slots: found rows that are no lists; allowed: all are, or "
+                                    "none is") from None  # fmt: skip
+        if len(slots) != rows or max(widths) > columns:
+            raise ArgumentValueError(
+                f"slots: found {len(slots)} rows of up to {max(widths)}; allowed: {rows} of up to "
+                f"{columns}"
+            )
+        found = _integers("slots", list(chain.from_iterable(slots)))
+    if found.size and not -(2**31) <= found.min() <= found.max() < 2**31:
+        raise ArgumentValueError(f"slots: found {found.min()} to {found.max()}; allowed: an int32")
+    table = np.full((rows, columns), pad_slot_id, np.int32)
+    if len(widths) == 1:
+        table[:, : max(widths)] = found.reshape(rows, max(widths))
+    else:
+        lengths = np.array([*map(len, slots)])
+        table[np.arange(columns) < lengths[:, None]] = found
     return table
 
 
 def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
-    if wrong.any():
+    if np.count_nonzero(wrong):
         row = int(wrong.argmax())
         raise ArgumentValueError(
             f"{name}: found {values[row].tolist()} in row {row}; allowed: {allowed}"

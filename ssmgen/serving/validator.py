@@ -6,9 +6,12 @@ it. So the validator may run in the middle of a stream, and says afterwards what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import PoolError
+from .partition import Partition
 
 __all__ = ["Validator"]
 
@@ -21,6 +24,7 @@ _KINDS = (
     "row {row} writes slot {slot}, which is not allocated",
     "row {row} writes slot {slot}, which another row writes too",
     "row {row} reads slot {slot}, which another row writes",
+    "row {row} writes slot {slot} after two of its tokens",
     "row {row} of slot {slot} has an accepted count outside of 1 and the columns of its table",
 )
 _COUNT, _SLOT, _ROW, _STEP = range(4)
@@ -44,9 +48,26 @@ class Validator:
     def grow(self, slots: int) -> None:
         self.live = torch.cat([self.live, self.live.new_zeros(slots - len(self.live))])
 
-    def step(self) -> None:
-        """Begin a step: faults are noted under its number."""
+    def look_at(self, partitions: Sequence[Partition], columns: int) -> None:
+        """Note what is wrong with the slots of a step that has these partitions."""
         self.steps += 1
+        each = torch.arange(columns, device=self.live.device)
+        found = []
+        for partition in partitions:
+            if partition:
+                count = 1 if partition.kind != "verify" else partition.cu_seqlens.diff()[:, None]
+                writes = torch.where(each < count, partition.slots, self.pad_slot_id)
+                found.append((self._numbers(partition), partition.read_slots, writes))
+        if found:
+            self.look(*map(torch.cat, zip(*found)))
+
+    def _numbers(self, partition: Partition) -> Tensor:
+        """The row of the step that each row of a partition is; -1: padding."""
+        padding = partition.batch - len(partition.rows)
+        host = torch.tensor([*partition.rows.tolist(), *[-1] * padding], dtype=torch.int64)
+        if self.live.is_cuda:
+            host = host.pin_memory()
+        return host.to(self.live.device, non_blocking=True)
 
     def look(self, rows: Tensor, reads: Tensor, writes: Tensor) -> None:
         """Note what is wrong with a step whose row ``rows[i]`` reads slot ``reads[i]`` and writes
@@ -68,16 +89,20 @@ class Validator:
         first = torch.full((slots + 1,), torch.iinfo(torch.int64).max, device=rows.device)
         first = first.scatter_reduce(0, at, each.flatten(), "amin")
         last = torch.full_like(first, -1).scatter_reduce(0, at, each.flatten(), "amax")
+        mine = rows[:, None]
         for kind, table, used in ((4, writes, inside[1]), (5, reads, inside[0])):
             where = table.clamp(0, slots - 1)
-            mine = rows[:, None]
             other = (last[where] > mine) | (first[where] < mine)
             self._note(kind, used & other, table, rows)
+        times = torch.zeros_like(first).scatter_add(0, at, torch.ones_like(at))
+        alone = inside[1] & (first[at.view_as(writes)] == mine) & (last[at.view_as(writes)] == mine)
+        self._note(6, alone & (times[at].view_as(writes) > 1), writes, rows)
 
-    def look_at_counts(self, rows: Tensor, slots: Tensor, accepted: Tensor, most: Tensor) -> None:
+    def look_at_counts(self, partition: Partition, accepted: Tensor, most: Tensor) -> None:
         """Note accepted counts that name none of the `most` columns of their row; all (rows,)."""
+        slots = partition.write_slots
         wrong = ((accepted < 1) | (accepted > most)) & (slots != self.pad_slot_id)
-        self._note(6, wrong[:, None], slots.long()[:, None], rows.long())
+        self._note(7, wrong[:, None], slots.long()[:, None], self._numbers(partition))
 
     def _note(self, kind: int, wrong: Tensor, table: Tensor, rows: Tensor) -> None:
         if not wrong.numel():

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
-from gdn_serving import GdnServer, exact
-from serving import MUTATIONS, assert_close, assert_same_outputs
+from gdn_steps import Model
+from serving import assert_close, assert_same_outputs
+from serving_gdn import Server, exact
 from ssu_calls import digest, moved, raw, same
 
 import ssmgen
@@ -336,21 +337,24 @@ def test_conv_and_gdn_as_a_chain_of_dependent_launches_give_the_same_bits(packin
 
 # Speculative serving
 
+SERVED = {"steps": ssmgen, "model": Model(layers=2, H=2, HV=4, K=128, V=64), "device": "cuda",
+          "requests": 7, "rows": 3}  # fmt: skip
+
 
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("way", [{}, {"plain": True}, {"keep": "buffered"}], ids=str)
-def test_speculation_changes_no_bit_of_what_is_accepted(way, pdl):
-    options = {"device": "cuda", "dim": 64, "dstate": 128, "pdl": pdl, **way}
-    server = GdnServer(drafts=3, **options)
+@pytest.mark.parametrize("keep", ["slots", "columns", "sequences", "buffer"])
+def test_speculation_changes_no_bit_of_what_is_accepted(keep, pdl):
+    options = {**SERVED, "keep": keep, "pdl": pdl}
+    server = Server(drafts=3, **options)
     close = exact(server)
     found = server.run()
-    assert_same_outputs(found, GdnServer(drafts=0, **options).run())
+    assert_same_outputs(found, Server(drafts=0, **options).run())
     assert_close(found, close, 1e-5)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_simulation_fails_for_a_server_with_this_bug(mutation):
-    options = {"device": "cuda", "dim": 64, "dstate": 128, "plain": True}
-    wanted = GdnServer(drafts=0, **options).run()
+@pytest.mark.parametrize("policy", ["original bug", "homogeneous only"])
+@pytest.mark.parametrize("keep", ["columns", "sequences", "buffer"])
+def test_a_state_that_loses_accepted_tokens_is_caught_however_it_is_kept(keep, policy):
+    wanted = Server(drafts=0, keep=keep, **SERVED).run()
     with pytest.raises(AssertionError, match="outputs differ"):
-        assert_same_outputs(GdnServer(drafts=3, mutation=mutation, **options).run(), wanted)
+        assert_same_outputs(Server(drafts=3, policy=policy, keep=keep, **SERVED).run(), wanted)

@@ -109,6 +109,36 @@ def test_steps_built_ahead_of_the_device_do_not_overwrite_each_other():
         assert slots.tolist() == [i + 1] * 8
 
 
+def test_host_memory_is_filled_again_once_its_upload_is_done():
+    _, meta, _ = made()
+    ring = meta._tables._ring
+    assert all(staging.memory.is_pinned() for staging in ring._ring)
+    torch.cuda._sleep(int(1e9))
+    for i in range(10):
+        meta.build([i], [1])
+    ahead = len(ring)
+    assert ahead >= 10
+    for i in range(40):
+        torch.cuda.synchronize()
+        meta.build([i], [1])
+    assert len(ring) == ahead
+
+
+def test_prompts_that_begin_are_zeroed_in_all_layers(request):
+    pool, meta, _ = made()
+    slots = pool.alloc(6)
+    for layer in range(3):
+        pool.state(layer).fill_(3)
+        pool.conv(layer).fill_(3)
+    request.getfixturevalue("no_waiting")
+    meta.build(slots, [2] * 6, prefill=[True] * 6, first=[True, False] * 3)
+    torch.cuda.set_sync_debug_mode("default")
+    for layer in range(3):
+        for view in (pool.state(layer), pool.conv(layer)):
+            assert not view[slots[::2]].any()
+            assert (view[slots[1::2]] == 3).all()
+
+
 def test_a_graph_serves_every_step_of_its_sizes():
     """Captured with one step, replayed with others: the tables are read where they were."""
     pool = ssmgen.StatePool([MAMBA], 40, "cuda")

@@ -175,3 +175,34 @@ def test_tables_are_read_before_the_interpreter_where_checks_are_on(monkeypatch)
     prefill = make_conv("prefill", indices=[20, 1, 3])
     with pytest.raises(ArgumentValueError, match="slot 20 lies outside"):
         prefill.op(**prefill.arguments())
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "words"),
+    [
+        ("one", {"indices": [3, 3]}, "conv_state_indices: found slot 3, that two rows write"),
+        ("one", {"indices": [1, 2], "dst": [4, 4]}, "dst_state_indices: found slot 4, that two"),
+        ("one", {"indices": [1, 2], "dst": [5, 1]}, "conv_.*: found slot 1, that another row"),
+        ("varlen", {"lengths": [1, 2], "indices": [3, 3]}, "found slot 3, that two rows write"),
+        ("prefill", {"lengths": [4, 2], "indices": [3, 3]}, "cache_indices: found slot 3, that"),
+        ("prefill", {"lengths": [4, 2], "indices": [1, 2], "dst": [5, 1], "initial": [True] * 2},
+         "cache_indices: found slot 1, that another row writes"),
+        # What is read by no row, padded, only read, or of rows without tokens.
+        ("prefill", {"lengths": [4, 2], "indices": [1, 2], "dst": [5, 1]}, None),
+        ("one", {"indices": [-1, -1], "dst": [3, 3]}, None),
+        ("one", {"indices": [1, 1], "dst": [4, 5]}, None),
+        ("varlen", {"lengths": [2, 0], "indices": [3, 3]}, None),
+        ("prefill", {"lengths": [4, 2], "pool": False}, None),
+    ],
+)  # fmt: skip
+def test_rows_that_would_race_raise_where_checks_are_on(form, options, words, monkeypatch):
+    call = make_conv(form, batch=2, slots=8, **options)
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    monkeypatch.setenv("SSMGEN_CHECK", "1")
+    before = call.copy()
+    if words is None:
+        call.op(**call.arguments())
+        return
+    with pytest.raises(ArgumentValueError, match=words):
+        call.op(**call.arguments())
+    assert all(same(before[name], call[name]) for name in call.tensors)

@@ -10,6 +10,7 @@ from ssu_calls import same
 
 from ssmgen.adapters import fla, flashinfer, vllm
 from ssmgen.errors import ArgumentValueError, UnsupportedError
+from ssmgen.families.gdn.contract import layout
 from ssmgen.reference import delta_gates, delta_step
 
 B, T, H, HV, K, V = 3, 2, 2, 4, 16, 24
@@ -165,6 +166,37 @@ def test_fla_sequences_have_a_batch_axis_of_one(data):
                          use_qk_l2norm=False)  # fmt: skip
         close(out[:, ends[i] : ends[i + 1]], o)
         close(final[i : i + 1], states[:, -1])
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_fla_lengths_share_kernels(monkeypatch, sequences):
+    """One of each power of two, of 1 to 40 tokens."""
+    configs, original = set(), fla.gated_delta_rule_decode
+
+    def seen(state, q, k, v, **options):
+        out = original(state, q, k, v, **options)
+        configs.add(layout(state=state, q=q, k=k, v=v, out=out, **options).config)
+        return out
+
+    monkeypatch.setattr(fla, "gated_delta_rule_decode", seen)
+    gen = torch.Generator().manual_seed(3)
+    whole = [torch.randn(2, 40, *n, generator=gen) for n in ((1, 8), (1, 8), (1, 16), (1,))]
+    for tokens in (1, 2, 3, 5, 7, 8, 17, 21, 32, 33, 39, 40):
+        q, k, v, g = (t[:, :tokens] for t in whole)
+        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        if sequences:
+            options["cu_seqlens"] = torch.tensor([0, tokens])
+            q, k, v, g = (t[:1] for t in (q, k, v, g))
+        out, final = fla.fused_recurrent_gated_delta_rule(q, k, v, -g.abs(), **options)
+        assert out.shape == v.shape
+        for row in range(len(q)):
+            state = torch.zeros(1, 1, 16, 8)
+            one = {"q": q[row : row + 1], "k": k[row : row + 1], "v": v[row : row + 1]}
+            o, states = walk(one, state, -g[row : row + 1].abs(), torch.ones(1, tokens, 1),
+                             tokens=tokens, use_qk_l2norm=True)  # fmt: skip
+            close(out[row], o[0])
+            close(final[row].mT, states[0, -1])
+    assert len(configs) <= 7
 
 
 @pytest.mark.parametrize("bias", ["flat", "matrix", "heads", None])
@@ -352,6 +384,16 @@ def test_vllm_packed_decode_starts_from_the_accepted_slot_and_writes_the_first(d
     close(pool[[1, 4, 7]], states[:, 0])
     others = [0, 2, 3, 5, 6, 8, 9]
     assert same(pool[others], before[others])
+
+
+def test_vllm_refuses_counts_without_a_slot_for_each(data):
+    pool = torch.zeros(4, HV, V, K)
+    with pytest.raises(ArgumentValueError, match=r"ssm_state_indices: found shape \(3,\)"):
+        vllm.fused_recurrent_gated_delta_rule_packed_decode(
+            packed(data), data["a"][:, 0], data["b"][:, 0], data["A_log"], data["dt_bias"], 0.3,
+            pool, torch.empty(B, 1, HV, V), torch.arange(3), num_accepted_tokens=torch.arange(3),
+        )  # fmt: skip
+    assert not pool.any()
 
 
 def test_vllm_refuses_a_width_that_no_heads_explain(data):

@@ -111,6 +111,33 @@ def test_snapshots_by_row_need_no_entry_for_each_slot_when_checked(monkeypatch):
     verify(call, run(call))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"indices": [3, 3]}, "state_batch_indices: found slot 3, that two rows write"),
+        ({"indices": [1, 2], "dst": [4, 4]}, "dst_.*: found slot 4, that two rows write"),
+        ({"indices": [1, 2], "dst": [2, 5]}, "^state_.*: found slot 2, that another row writes"),
+        ({"buffer": 1, "entries": [5, 5]}, "intermediate_.*: found entry 5, that two rows write"),
+        # What is only read, padded, or written by the row that has read it.
+        ({"indices": [1, 1], "update": False}, None),
+        ({"indices": [1, 1], "dst": [4, 5]}, None),
+        ({"indices": [-1, -1], "dst": [3, 3]}, None),
+        ({"indices": [1, 2], "dst": [1, -1], "buffer": 1}, None),
+    ],
+)
+def test_rows_that_would_race_raise_when_checked(options, words, monkeypatch):
+    call = make(batch=2, H=1, HV=2, V=8, **options)
+    monkeypatch.setenv("SSMGEN_INTERPRET", "1")
+    monkeypatch.setenv("SSMGEN_CHECK", "1")
+    before = call.copy()
+    if words is None:
+        ssmgen.gated_delta_rule_decode(**call.arguments())
+        return
+    with pytest.raises(ArgumentValueError, match=words):
+        ssmgen.gated_delta_rule_decode(**call.arguments())
+    assert all(same(before[name], call[name]) for name in call.tensors)
+
+
 # What is refused, with which error, before anything is written
 
 

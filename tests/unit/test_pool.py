@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import threading
+import time
 
 import pytest
 import torch
@@ -129,7 +132,7 @@ def test_both_layouts_are_views_of_one_memory_and_nothing_converts(transposed):
 
 
 def test_a_pool_takes_no_memory_before_its_first_use(pool):
-    assert pool._taken is None
+    assert not pool._memory.taken
     pool.register("tag")
     assert pool.table("tag").shape == (6,)
     with pytest.raises(PoolError, match="late: registered after the first use"):
@@ -143,6 +146,9 @@ def test_what_is_made_in_inference_mode_can_be_used_outside_of_it(monkeypatch, d
         pool = ssmgen.StatePool(LAYERS, 6)
         pool.register("n", reset=1)
         meta = ssmgen.DecodeMetadata(pool, max_rows=4, max_tokens=4, drafts=1)
+        taken = pool.alloc(2)
+        meta.build(taken, [1, 1], prefill=[True, False], first=[True, False])
+        pool.free(taken)
         views = pool.state(0), pool.table("n")
     [slot] = pool.alloc()
     for view in views:
@@ -150,7 +156,8 @@ def test_what_is_made_in_inference_mode_can_be_used_outside_of_it(monkeypatch, d
     meta.build([slot], [1], accepted=pool.table("n"))
     with torch.inference_mode():
         pool.resize(8)
-        meta.build([slot], [1])
+        meta.build([slot], [1], prefill=[True], first=[True])
+    meta.build([slot], [1], prefill=[True], first=[True])
     pool.copy([slot], pool.alloc())
     pool.state(0)[slot] = 1
     meta.build([slot], [1])
@@ -212,6 +219,8 @@ def test_exhaustion_changes_nothing(pool):
         (lambda p: p.offload([4]), PoolError, "slots: slot 4 is not allocated"),
         (lambda p: p.resize(5), ArgumentValueError, "slots: found 5; allowed: at least 6"),
         (lambda p: p.alloc(0), ArgumentValueError, "count: found 0; allowed: at least 1"),
+        (lambda p: p.alloc(2, zero=3), ArgumentValueError, "zero: found 3; allowed: 0 to 2, the"),
+        (lambda p: p.alloc(2, zero=-1), ArgumentValueError, "zero: found -1; allowed: at least 0"),
         (lambda p: p.alloc(1.5), ArgumentTypeError, "count: found 1.5; allowed: an int"),
         (lambda p: p.free(["1"]), ArgumentTypeError, "slots: found '1'; allowed: an int"),
         (lambda p: p.conv(2), ArgumentValueError, "conv: found 2; this pool has 0, 1, 3"),
@@ -280,6 +289,16 @@ def test_layers_and_tables_that_cannot_be_are_refused():
         pool.register("x")
 
 
+def test_a_bare_cuda_is_the_current_gpu_from_then_on(monkeypatch):
+    monkeypatch.delenv("SSMGEN_DEBUG", raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    pool = ssmgen.StatePool([GDN], 3, "cuda")
+    assert pool.device == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    assert pool.device == torch.device("cuda", 3)
+    assert ssmgen.StatePool([GDN], 3, "cuda:1").device.index == 1
+
+
 def test_slot_0_is_never_handed_out_where_it_is_padding():
     pool = ssmgen.StatePool([GDN], 3, pad_slot_id=0)
     assert len(pool.state(0)) == 4
@@ -290,31 +309,57 @@ def test_slot_0_is_never_handed_out_where_it_is_padding():
     assert pool.alloc() == [4]
 
 
-def test_threads_never_get_one_slot_twice():
-    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 1))], 64)
-    owner, faults = [None] * 64, []
+def contend(pool):
+    """Eight threads that allocate and free, each losing the processor at random lines of the
+    allocator. What went wrong: slots with two owners, errors, slots that are lost."""
+    owner, faults = [None] * pool.slots, []
+    chance = random.Random(0)
+
+    def yields(frame, event, argument):
+        if not frame.f_code.co_filename.endswith("allocator.py"):
+            return None
+        if event == "line" and chance.random() < 0.3:
+            time.sleep(0)
+        return yields
 
     def work(me):
-        for _ in range(300):
-            try:
-                slots = pool.alloc(3)
-            except PoolExhaustedError:
-                continue
-            for slot in slots:
-                if owner[slot] is not None:
-                    faults.append(slot)
-                owner[slot] = me
-            for slot in slots:
-                owner[slot] = None
-            pool.free(slots)
+        try:
+            for _ in range(60):
+                try:
+                    slots = pool.alloc(3)
+                except PoolExhaustedError:
+                    continue
+                faults.extend(slot for slot in slots if owner[slot] is not None)
+                for slot in slots:
+                    owner[slot] = me
+                time.sleep(0)
+                for slot in slots:
+                    owner[slot] = None
+                pool.free(slots)
+        except Exception as error:
+            faults.append(error)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
+    threading.settrace(yields)
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        threading.settrace(None)
     for thread in threads:
         thread.join()
-    assert not faults
-    assert pool.free_slots == 64
+    lost = pool.slots - pool.free_slots
+    return faults + [f"{lost} slots are lost"] * bool(lost)
+
+
+def test_threads_never_get_one_slot_twice():
+    assert not contend(ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 1))], 20))
+
+
+def test_threads_would_without_the_lock():
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 1))], 20)
+    pool._lock = contextlib.nullcontext()
+    assert contend(pool)
 
 
 # Moves

@@ -75,6 +75,8 @@ WRONG = {
     "row 2 writes slot 11, which is not allocated": ([[0], [1], [2, 3, 11]], [1, 1, 3], None),
     "row 0 writes slot 5, which another row writes too": ([[5], [6, 5]], [1, 2], None),
     "row 1 reads slot 6, which another row writes": ([[6], [7, 6]], [1, 1], [1, 2]),
+    "row 1 writes slot 6 after two of its tokens": ([[5], [6, 7, 6]], [1, 3], None),
+    "row 0 writes slot 8 after two of its tokens": ([[8, 8]], [2], None),
 }
 
 
@@ -98,6 +100,24 @@ def test_faults_are_counted_and_the_first_is_said(pool):
         meta.build([[0], [slot]], [1, 1])
     with pytest.raises(PoolError, match=r"row 1 reads slot 7, .* \(step 1; 3 in all\)"):
         pool.check()
+
+
+def test_a_slot_twice_in_columns_that_are_not_written_is_nothing(pool):
+    meta = metadata(pool)
+    pool.alloc(9)
+    meta.build([[1, 2, 2], [3, 3], [4, 5, 5]], [1, 1, 2], accepted=[3, 2, 1])
+    assert pool.check() == 1
+
+
+def test_a_slot_of_two_rows_is_said_of_both_even_where_one_has_it_twice(pool):
+    meta = metadata(pool)
+    pool.alloc(9)
+    meta.build([[1, 2, 2], [3, 2]], [3, 2])
+    with pytest.raises(
+        PoolError, match=r"slot 2, which another row writes too .*3 in all"
+    ) as error:
+        pool.check()
+    assert "after two" not in str(error.value)
 
 
 def test_rows_of_all_partitions_are_looked_at_together(pool):

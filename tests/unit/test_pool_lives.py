@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from pool_model import LIVE, OPERATIONS, Engine
 
 
@@ -65,14 +67,14 @@ def test_what_does_not_move_with_its_request_is_caught(table, method):
 
 def checkpoint_of_column_0(pool):
     original = pool.checkpoint
-    pool.checkpoint = lambda tables, dst, accepted: original([t[:1] for t in tables], dst)
+    pool.checkpoint = lambda tables, dst, *_, **__: original([t[:1] for t in tables], dst)
 
 
 def checkpoint_without_shift(pool):
     original = pool.checkpoint
 
-    def broken(tables, dst, accepted):
-        original(tables, dst, accepted)
+    def broken(tables, dst, *counts, **options):
+        original(tables, dst, *counts, **options)
         for layer in range(len(pool.layers)):
             history = pool.conv(layer)
             history[dst[0], :, :LIVE] = history[tables[0][0], :, :LIVE]
@@ -83,8 +85,8 @@ def checkpoint_without_shift(pool):
 def checkpoint_keeps_counts(pool):
     original = pool.checkpoint
 
-    def broken(tables, dst, accepted):
-        original(tables, dst, accepted)
+    def broken(tables, dst, *counts, **options):
+        original(tables, dst, *counts, **options)
         pool.table("accepted")[dst] = pool.table("accepted")[[t[0] for t in tables]]
 
     pool.checkpoint = broken
@@ -140,9 +142,14 @@ def free_that_frees_twice(pool):
     pool.free = broken
 
 
+def prompts_that_begin_as_they_are(pool):
+    pool.zero_states = lambda slots: None
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
+        prompts_that_begin_as_they_are,
         checkpoint_of_column_0,
         checkpoint_without_shift,
         checkpoint_keeps_counts,
@@ -159,6 +166,54 @@ def test_a_broken_invariant_is_caught(monkeypatch, mutate):
     engine = Engine(seed=2)
     engine.pool._memory._bytes.fill_(0x55)
     mutate(engine.pool)
+    with pytest.raises(AssertionError):
+        engine.run(1_000)
+
+
+def reads_column_0(metadata):
+    original = metadata.build
+
+    def broken(*arguments, **options):
+        original(*arguments, **options)
+        for part in (metadata.plain, metadata.verify, metadata.prefill):
+            part.read_slots.copy_(part.write_slots)
+        return metadata
+
+    metadata.build = broken
+
+
+def reads_the_history_at_column_0(metadata):
+    original = metadata.build
+
+    def broken(*arguments, **options):
+        original(*arguments, **options)
+        metadata.plain.num_accepted_tokens.fill_(1)
+        return metadata
+
+    metadata.build = broken
+
+
+def checkpoint_believes_counts_of_all_rows(metadata):
+    original = metadata.checkpoint
+
+    def broken(accepted):
+        most = metadata._rows.tokens
+        object.__setattr__(metadata._rows, "kind", np.ones_like(metadata._rows.kind))
+        metadata._tables.get("track_most", 0, 1).copy_(
+            torch.from_numpy(most[metadata._rows.tracked].copy())
+        )
+        original(torch.as_tensor(accepted))
+
+    metadata.checkpoint = broken
+
+
+BROKEN = [reads_column_0, reads_the_history_at_column_0, checkpoint_believes_counts_of_all_rows]
+
+
+@pytest.mark.parametrize("mutate", BROKEN)
+def test_a_broken_table_is_caught(mutate):
+    engine = Engine(seed=2)
+    mutate(engine.metadata)
     with pytest.raises(AssertionError):
         engine.run(1_000)
 

@@ -7,24 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from torch.utils._python_dispatch import TorchDispatchMode
+from steps import DRAFTS, ROWS, STEP, TABLES, TOKENS, Ops, metadata, parts, whole_memory
 
 import ssmgen
 from ssmgen.errors import ArgumentTypeError, ArgumentValueError
-
-DRAFTS = 3
-ROWS, TOKENS = 8, 64
-TABLES = ("tokens", "slots", "read_slots", "write_slots", "num_accepted_tokens", "cu_seqlens",
-          "has_initial_state")  # fmt: skip
-
-
-def metadata(**options):
-    options = {"max_rows": ROWS, "max_tokens": TOKENS, "drafts": DRAFTS} | options
-    return ssmgen.DecodeMetadata(**options)
-
-
-def parts(meta):
-    return {"plain": meta.plain, "verify": meta.verify, "prefill": meta.prefill}
 
 
 @st.composite
@@ -154,7 +140,7 @@ def test_the_three_partitions_of_a_step():
     assert meta.prefill.rows.tolist() == [2, 4]
     assert meta.prefill.cu_seqlens.tolist() == [0, 5, 6]
     assert meta.prefill.has_initial_state.tolist() == [False, True]
-    assert meta.prefill.longest == 5
+    assert meta.prefill.longest == TOKENS
 
 
 def test_arguments_of_the_ops():
@@ -163,7 +149,7 @@ def test_arguments_of_the_ops():
         "state_batch_indices", "dst_state_batch_indices", "pad_slot_id"}  # fmt: skip
     assert meta.verify.recurrent["state_batch_indices"] is meta.verify.slots
     assert meta.verify.recurrent["cache_steps"] == DRAFTS + 1
-    assert meta.prefill.recurrent["cache_steps"] == 4
+    assert meta.prefill.recurrent["cache_steps"] == TOKENS
     histories = torch.zeros(9, 2, 6)
     plain, verify, prefill = (part.conv(histories, 4) for part in parts(meta).values())
     assert plain["conv_state"] is verify["conv_state"] is prefill["conv_states"] is histories
@@ -227,34 +213,6 @@ def test_the_tables_drive_selective_state_update(counts):
     assert torch.equal(out[:2], y)
 
 
-class Ops(TorchDispatchMode):
-    """Every op that runs, by name; of copies, what they copy into."""
-
-    WAITS = ("_local_scalar_dense", "item", "nonzero", "unique", "equal", "is_nonzero",
-             "masked_select", "bincount", "repeat_interleave", "_to_copy")  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.copies = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        self.names.append(name)
-        if name == "copy_":
-            self.copies.append(args[0].untyped_storage().data_ptr())
-        return func(*args, **(kwargs or {}))
-
-
-STEP = {
-    "slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [10]],
-    "tokens": [1, 4, 6, 1],
-    "accepted": [3, 2, 1, 1],
-    "prefill": [False, False, True, False],
-    "first": [False, False, True, False],
-    "track": [-1, -1, 11, -1],
-}
-
-
 def test_a_step_is_one_upload_and_a_layer_none():
     meta = metadata()
     with Ops() as building:
@@ -314,8 +272,26 @@ def test_a_step_of_the_same_padded_sizes_takes_the_same_path_through_x(one, two)
          r"slots: found \[10, -1, -1, -1\] in row 3; allowed: no padding"),
         ({"accepted": [1.0, 1, 1, 1]}, ArgumentTypeError, "accepted: found float64 values"),
         ({"accepted": torch.ones(12, 1, dtype=torch.int32)}, ArgumentValueError,
-         r"accepted: found torch.int32 of shape \(12, 1\); allowed: \(slots,\)"),
+         r"found torch.int32 of shape \(12, 1\) on cpu; allowed: \(slots,\) int32 or int64 on cpu"),
         ({"accepted": torch.ones(12)}, ArgumentValueError, "found torch.float32 of shape"),
+        ({"accepted": torch.ones(12, dtype=torch.int32, device="meta")}, ArgumentValueError,
+         r"accepted: found torch.int32 of shape \(12,\) on meta; allowed: .* on cpu"),
+        ({"accepted": torch.ones(10, dtype=torch.int32)}, ArgumentValueError,
+         r"accepted: found .* of shape \(10,\) .*; allowed: .* of at least 11 slots"),
+        ({"slots": [[1, 2, -1, 4], [5, 6, 7, 8], [9], [10]]}, ArgumentValueError,
+         r"slots: found \[1, 2, -1, 4\] in row 0; allowed: padding, -1, after the slots"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [-1, 9], [10]]}, ArgumentValueError,
+         r"found \[-1, 9, -1, -1\] in row 2; allowed: padding, -1, after the slots"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [2**32 + 10]]}, ArgumentValueError,
+         "slots: found 1 to 4294967306; allowed: an int32"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [1.5]]}, ArgumentTypeError,
+         "slots: found float64 values"),
+        ({"slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], 10]}, ArgumentTypeError,
+         "slots: found rows that are no lists"),
+        ({"tokens": [[1], [4], [6], [1]]}, ArgumentValueError, r"tokens: found shape \(4, 1\)"),
+        ({"tokens": 4}, ArgumentValueError, r"tokens: found shape \(\); allowed: \(rows,\)"),
+        ({"prefill": [[False], [False], [True], [False]]}, ArgumentValueError,
+         r"prefill: found shape \(4, 1\)"),
         ({"accepted": [1, 1, 1]}, ArgumentValueError, r"accepted: found shape \(3,\)"),
         ({"tokens": [1, 5, 6, 1]}, ArgumentValueError, "found 5 in row 1; allowed: at most 4"),
         ({"tokens": [1, 4, 6, 2]}, ArgumentValueError, "in row 3; allowed: no padding"),
@@ -331,11 +307,12 @@ def test_a_step_of_the_same_padded_sizes_takes_the_same_path_through_x(one, two)
 )  # fmt: skip
 def test_a_step_that_cannot_be_is_refused_and_the_last_one_stays(change, error, message):
     meta = metadata().build(**STEP)
-    before = [meta.plain, meta.plain.slots.clone(), meta.padded_tokens]
-    with pytest.raises(error, match=message):
+    before = [meta.plain, whole_memory(meta).clone(), meta.padded_tokens]
+    with pytest.raises(error, match=message), Ops() as ops:
         meta.build(**STEP | change)
+    assert not ops.copies
     assert meta.plain is before[0]
-    assert torch.equal(meta.plain.slots, before[1])
+    assert torch.equal(whole_memory(meta), before[1])
     assert meta.padded_tokens == before[2]
 
 
@@ -347,6 +324,60 @@ def test_more_rows_than_there_is_room_for_are_refused():
         meta.build([1, 2, 3], [1, 1, 1])
 
 
+def test_a_prompt_of_any_length_has_one_kernel():
+    """The bound of sequences is a constant of the kernel."""
+    from ssmgen.families.gdn.contract import layout
+
+    meta, configs = metadata(), set()
+    state = torch.zeros(4, 2, 16, 8)
+    for tokens in (1, 2, 5, 6, 33, 64):
+        meta.build([1, 2], [tokens, 1], prefill=[True, False])
+        inputs = {n: torch.zeros(tokens, *shape) for n, shape in
+                  (("q", (1, 8)), ("k", (1, 8)), ("v", (2, 16)), ("a", (2,)), ("b", (2,)),
+                   ("out", (2, 16)))}  # fmt: skip
+        described = layout(state=state, A_log=torch.zeros(2), **inputs, **meta.prefill.recurrent)
+        configs.add(described.config)
+    assert len(configs) == 1
+
+
+@pytest.mark.parametrize("rows", [64, 127, 300])
+def test_tables_are_the_same_however_large_they_may_be(rows):
+    step = STEP | {"prefill": [False, True, True, False], "tokens": [1, 4, 6, 4],
+                   "slots": [[1, 2, 3, 4], [5, 6, 7, 8], [9], [10, 11, 12, 13]]}  # fmt: skip
+    meta, other = metadata().build(**step), metadata(max_rows=rows).build(**step)
+    for part, same in zip(parts(meta).values(), parts(other).values()):
+        for name in TABLES:
+            assert torch.equal(getattr(part, name), getattr(same, name)), name
+        assert part.rows.tolist() == same.rows.tolist()
+
+
+@given(step=steps(), data=st.data())
+def test_lists_tuples_and_arrays_give_the_same_tables(step, data):
+    wide = [row + [-1] * (DRAFTS + 1 - len(row)) for row in step["slots"]]
+    as_arrays = {name: np.array(values) for name, values in step.items() if name != "slots"}
+    as_arrays["slots"] = np.array(wide, np.int32).reshape(-1, DRAFTS + 1)
+    as_tuples = {name: tuple(values) for name, values in step.items()}
+    if not step["tokens"]:
+        as_arrays = {name: values.astype(int) for name, values in as_arrays.items()}
+    meta = metadata().build(**step)
+    for other in (metadata().build(**as_arrays), metadata().build(**as_tuples)):
+        for part, same in zip(parts(meta).values(), parts(other).values()):
+            for name in TABLES:
+                assert torch.equal(getattr(part, name), getattr(same, name)), name
+
+
+def test_a_partition_without_rows_has_bounds():
+    """Whatever the step before, or nobody, left in the memory that is uploaded."""
+    meta = metadata()
+    for staging in meta._tables._ring._ring:
+        staging.bytes.fill(7)
+    for step in (STEP, {"slots": [], "tokens": []}, {"slots": [9], "tokens": [1]}):
+        meta.build(**step)
+        for part in parts(meta).values():
+            assert part.cu_seqlens[0] == 0
+            assert len(part.cu_seqlens) == part.batch + 1
+
+
 def test_slots_may_be_a_list_an_array_or_one_a_row():
     meta = metadata()
     for slots in ([4, 7], np.array([4, 7]), [[4], [7]], np.array([[4, 5], [7, 8]]), ((4, 5), (7,))):
@@ -354,38 +385,8 @@ def test_slots_may_be_a_list_an_array_or_one_a_row():
     assert not meta.build([], []).plain
 
 
-# Checkpoints
-
-
-@pytest.mark.parametrize("on_device", [False, True])
-def test_a_tracked_row_is_checkpointed_at_what_it_accepted(on_device):
-    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3), conv=(2, 6))], 12)
-    meta = metadata(pool=pool)
-    plain, verify, chunk, saved = (pool.alloc(n) for n in (4, 4, 1, 3))
-    for slot in range(12):
-        pool.state(0)[slot] = slot
-        pool.conv(0)[slot] = 10 * slot + torch.arange(6)
-    meta.build([plain, verify, chunk], [1, 3, 5], accepted=[3, 4, 1], prefill=[0, 0, 1],
-               track=saved)  # fmt: skip
-    counts = [1, 2, 0]
-    if not on_device:
-        with pytest.raises(ArgumentValueError, match=r"accepted: found None; .* row 1 has drafts"):
-            meta.checkpoint()
-    with pytest.raises(ArgumentValueError, match="accepted: found 2; allowed: 3"):
-        meta.checkpoint(counts[:2])
-    meta.checkpoint(torch.tensor(counts) if on_device else counts)
-    assert pool.state(0)[saved, 0, 0, 0].tolist() == [plain[0], verify[1], chunk[0]]
-    histories = [[10 * slot + n - 1 + i for i in range(3)]
-                 for slot, n in ((plain[0], 1), (verify[0], 2), (chunk[0], 1))]  # fmt: skip
-    assert pool.conv(0)[saved, 0, :3].tolist() == histories
-
-
-def test_nothing_tracked_is_nothing_done_and_a_pool_is_needed():
-    pool = ssmgen.StatePool([ssmgen.LayerSpec(state=(1, 2, 3))], 4)
-    meta = metadata(pool=pool).build(pool.alloc(2), [1, 1])
-    with Ops() as ops:
-        meta.checkpoint()
-    assert not ops.copies
-    meta = metadata().build([0, 1], [1, 1])
-    with pytest.raises(ArgumentValueError, match="pool: found None"):
-        meta.checkpoint()
+def test_drafts_need_columns_of_every_conv_history():
+    pool = ssmgen.StatePool([ssmgen.LayerSpec(conv=(2, 5), conv_width=4)], 5)
+    with pytest.raises(ArgumentValueError, match="drafts: found 4 slots in a row; allowed: 1 to 3"):
+        metadata(pool=pool)
+    assert metadata(pool=pool, drafts=2).columns == 3
