@@ -153,9 +153,10 @@ def _window(
     if alignment is not None and alignment not in ALIGNMENTS:
         fail("alignment", repr(alignment), ", ".join(ALIGNMENTS))
     if prefill:
-        for name in ("num_accepted_tokens", "cache_seqlens"):
-            if name in tensors:
-                fail(name, "a tensor", "None in causal_conv1d_fn")
+        if "cache_seqlens" in tensors:
+            fail("cache_seqlens", "a tensor", "None in causal_conv1d_fn")
+        if "num_accepted_tokens" in tensors and "has_initial_state" not in tensors:
+            fail("num_accepted_tokens", "a tensor", "None without has_initial_state")
         if alignment == "circular":
             fail("alignment", "'circular'", "left, right in causal_conv1d_fn")
         if "initial_states" in tensors and "has_initial_state" in tensors:
@@ -193,7 +194,7 @@ def _window(
         if "cache_seqlens" in tensors:
             fail("cache_seqlens", "a tensor", "None with num_accepted_tokens")
         x = tensors["x"]
-        if x.dim() == 3 and x.shape[1] > state_len - width + 2:
+        if not prefill and x.dim() == 3 and x.shape[1] > state_len - width + 2:
             fail("x", f"{x.shape[1]} tokens a row", f"at most {state_len - width + 2} with "
                  f"num_accepted_tokens and a conv_state of {state_len} columns")  # fmt: skip
     return state_len if alignment == "right" else width - 1
