@@ -61,7 +61,8 @@ def causal_conv1d_update(
             ``query_start_loc[i + 1]`` of x; none, unless that is more, and it touches nothing.
         pad_slot_id: a row of this slot, or of a negative one, touches no slot; its past is zeros.
         out: of the shape of x; allocated, with channels side by side, if None. It may be x where
-            every row has one token and no ``query_start_loc`` says so.
+            every row has one token and no ``query_start_loc`` says so; otherwise it shares no
+            memory with x, which is checked when a layout is first seen.
         alignment: left (columns 0 to width - 2 are the past: vLLM), right (the last width - 1 are,
             and all move: Dao-AILab, transformers) or circular (with ``cache_seqlens``). Required
             if state_len is more than width - 1.

@@ -22,6 +22,7 @@ from ..contract import (
     check_switches,
     dtype_of,
     fail,
+    share_memory,
 )
 from .config import FLOATS, MAX_DEPTH, Conv1dConfig
 
@@ -117,6 +118,7 @@ def check(
     check_dtypes(tensors)
     _check_strides(tensors)
     check_devices(tensors, "x")
+    _check_apart(tensors, prefill or seqlens is not None or x.dim() == 3)
     initial = "initial_states" in tensors
     pool = "conv_state" in tensors
     past = not prefill or "has_initial_state" in tensors
@@ -232,6 +234,15 @@ def _check_strides(tensors: Tensors) -> None:
         span = sum(s * (n - 1) for s, n in zip(state.stride()[1:], state.shape[1:]))
         if span >= 2**31:
             fail("conv_state", f"strides {state.stride()}", "slots that span below 2^31 elements")
+
+
+def _check_apart(tensors: Tensors, many: bool) -> None:
+    """No program reads of x what another one writes to out."""
+    x, out = tensors["x"], tensors["out"]
+    in_place = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and not many
+    if not in_place and share_memory(x, out):
+        fail("out", "memory of x", "memory of its own: a token is read for those after it"
+             if many else "x itself, or memory of its own")  # fmt: skip
 
 
 def _packed_channels(tensors: Tensors) -> bool:
