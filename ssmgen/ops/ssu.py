@@ -87,8 +87,8 @@ def selective_state_update(
         disable_state_update: write no state; the intermediate states are written all the same.
         intermediate_states_buffer: (entries, at least tokens, nheads, dim, dstate), dtype of the
             state: takes the state after each token, besides what is written to ``state``.
-        intermediate_state_indices: (batch,) entries of the buffer; padding: nowhere; None: the source
-            slots.
+        intermediate_state_indices: (batch,) entries of the buffer; padding: nowhere; None: the
+            source slots.
         intermediate_state_scales: (entries, at least tokens, nheads, dim) fp32, with block-scaled
             states.
         cu_seqlens: (sequences + 1,): sequence i is the tokens ``cu_seqlens[i]`` to

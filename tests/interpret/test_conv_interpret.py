@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -212,11 +213,11 @@ def test_a_padded_row_may_hold_any_count(form):
 def test_padded_sequences_may_have_any_length(form, ends):
     """They are cut to x; every chunk of them has the outputs of zeros."""
     slots = [-1 if begin < 0 or end - begin > 4 else i + 3
-             for i, (begin, end) in enumerate(zip(ends, ends[1:]))]  # fmt: skip
-    accepted = [1, 2, 1] if form == "varlen" else None
+             for i, (begin, end) in enumerate(itertools.pairwise(ends))]  # fmt: skip
+    accepted, flags = ([1, 2, 1], None) if form == "varlen" else (None, [True] * 3)
     for spare in (0, 30):
         call = make_conv(form, lengths=[1, 1, 1], spare=spare, indices=slots, accepted=accepted,
-                         state_len=6, initial=[True] * 3 if form == "prefill" else None)  # fmt: skip
+                         state_len=6, initial=flags)  # fmt: skip
         call["query_start_loc"].copy_(torch.tensor(ends))
         verify_conv(call, call.interpreted_by())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gdn_calls import KINDS, LAYOUTS, STATES, make, row_of, token_of, verify
+from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
+from gdn_tolerances import assert_within_flashinfer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_calls import raw, same
@@ -125,8 +126,8 @@ def test_more_accepted_than_columns_is_nan_and_writes_no_state(tokens, accepted)
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_padded_row_may_hold_any_count(tokens):
     table = [[-1, -1], [3, 4], [5, -6], [1, 7]]
-    call = make(tokens=tokens, accepted=[9, 2, 9, 1], indices=table, batch=4, dst="source", buffer=2,
-                entries=[0, 1, 2, 3], **SMALL)  # fmt: skip
+    call = make(tokens=tokens, accepted=[9, 2, 9, 1], indices=table, batch=4, dst="source",
+                buffer=2, entries=[0, 1, 2, 3], **SMALL)  # fmt: skip
     verify(call, call.interpreted())
     assert not raw(call.interpreted()["out"])[[0, 2]].any()
 
@@ -146,6 +147,14 @@ def test_padded_sequences_may_have_any_length(dst):
     want = call.copy()
     ssmgen.gated_delta_rule_decode(**want.arguments())
     assert torch.allclose(after["out"].float(), want["out"].float(), atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_results_are_within_the_tolerances_of_flashinfer(state, tokens):
+    call = make(state, batch=2, slots=2, tokens=tokens, H=1, HV=2, K=64, V=32, indices=[0, 1],
+                token_axis=True)  # fmt: skip
+    assert_within_flashinfer(call, GdnCall.interpreted, state)
 
 
 def test_a_sequence_is_empty_where_the_table_does_not_increase():
