@@ -8,6 +8,7 @@ interpret.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,21 @@ def _kernel(config: KernelConfig, plan: Plan, arch: Arch) -> Any:
     return load_source(source, entry_name(config, plan), InterpretedFunction)
 
 
+def _reduce(operation: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """``tl.reduce`` of one tensor along an axis with a function of the kernel's, halves at a time:
+    Triton's interpreter goes element by element."""
+    (found,) = inputs
+    axis = operation.axis
+    while found.shape[axis] > 1:
+        halves = np.split(found.handle.data, 2, axis)
+        found = operation.combine_fn.fn(
+            *(operation.to_tensor(half, found.dtype) for half in halves)
+        )
+    data = found.handle.data
+    data = data if operation.keep_dims else data.squeeze(axis)
+    return [operation.to_tensor(data, found.dtype)]
+
+
 @contextlib.contextmanager
 def _interpreting() -> Iterator[None]:
     import triton.experimental.gluon  # takes copies of these functions when imported  # noqa: F401
@@ -121,10 +137,25 @@ def _interpreting() -> Iterator[None]:
         # Triton 3.9 keeps a comparison in the type of what it compared.
         return TensorHandle(handle.data.astype(bool), tl.int1)
 
+    # Triton patches the language anew for every call of a device function; once a launch is enough.
+    patch, languages = interpreter._patch_lang, set[int]()
+
+    def patch_once(function: Any) -> Any:
+        modules = {id(m) for m in function.__globals__.values() if m is tl or m is tl.core}
+        if modules <= languages:
+            return interpreter._LangPatchScope()
+        languages.update(modules)
+        return patch(function)
+
     def bounded(*bounds: Any) -> range:
         # A loop's bound is an array of one element, which newer numpy takes for no int.
         return range(*(b.handle.data.item() if isinstance(b, tl.tensor) else b for b in bounds))
 
+    options = interpreter_builder.options  # the default looks for overflow at every operation
+    interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    generic_reduce = interpreter.ReduceOps.generic_reduce
+    interpreter.ReduceOps.generic_reduce = _reduce  # type: ignore[method-assign]
+    interpreter._patch_lang = patch_once
     interpreter.range = bounded  # type: ignore[attr-defined]
     interpreter_builder.cast_impl = cast
     interpreter_builder.create_fp_to_fp = cast
@@ -136,6 +167,9 @@ def _interpreting() -> Iterator[None]:
         for name in ("cast_impl", "create_fp_to_fp", "create_masked_load", "create_masked_store"):
             delattr(interpreter_builder, name)
         del interpreter.range  # type: ignore[attr-defined]
+        interpreter._patch_lang = patch
+        interpreter_builder.options = options
+        interpreter.ReduceOps.generic_reduce = generic_reduce  # type: ignore[method-assign]
         for namespace, before in saved:
             for name, value in list(vars(namespace).items()):
                 if name not in before:

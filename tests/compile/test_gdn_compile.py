@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from cases import covering
 from gdn_calls import LAYOUTS, STATES
 from test_ssu_compile import (
     MAY_SPILL,
@@ -14,6 +15,7 @@ from test_ssu_compile import (
     assert_right_instructions,
     assert_within_limits,
     compiled,
+    largest,
 )
 
 from ssmgen import Arch, KernelConfig
@@ -77,18 +79,18 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("order", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "order", "arch"), covering(tuple(KINDS), LAYOUTS, ("sm_80", "sm_90", "sm_120"))
+)
 def test_every_kind_of_kernel_compiles_within_limits_and_moves_16_bytes(arch, kind, order):
     state, rounding = STATES[0] if order == "VK" else STATES[2]
-    assert_whole(variants(config_of(state, rounding, order, **KINDS[kind]), arch)[-1])
+    assert_whole(largest(config_of(state, rounding, order, **KINDS[kind]), arch))
 
 
 @pytest.mark.parametrize("order", LAYOUTS)
 @pytest.mark.parametrize(("state", "rounding"), STATES)
 def test_the_unaligned_variant_compiles_and_assumes_no_alignment(state, rounding, order):
-    found = variants(config_of(state, rounding, order, aligned=False), "sm_90")[-1]
+    found = largest(config_of(state, rounding, order, aligned=False), "sm_90")
     assert_within_limits(found, MOST)
     assert not re.search(r"(ld|st)\.global[.\w:]*\.v[248]\.", found.ptx)
 
@@ -96,7 +98,7 @@ def test_the_unaligned_variant_compiles_and_assumes_no_alignment(state, rounding
 @pytest.mark.parametrize("arch", ARCHS)
 def test_dependent_launch_is_there_only_where_asked_for_and_supported(arch):
     for pdl in (True, False):
-        found = variants(config_of("bf16", pdl=pdl), arch)[-1]
+        found = largest(config_of("bf16", pdl=pdl), arch)
         assert ("griddepcontrol" in found.ptx) == (pdl and arch not in NO_PDL)
         assert found.manifest["spills"] <= MAY_SPILL.get(arch, 0)
 

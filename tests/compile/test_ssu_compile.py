@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from cases import covering
 from ssu_calls import ROUNDINGS, SCALED, SERVED
 
 from ssmgen import Arch, KernelConfig, compiler
@@ -21,6 +22,9 @@ MEASURED = {"sm_90"}
 
 NO_PDL = {"sm_80", "sm_86", "sm_89"}
 CVT_RS = {"sm_100", "sm_103"}
+# Each generation, and those whose code differs from it by little.
+GENERATIONS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SIBLINGS = tuple(arch for arch in KNOWN if arch not in GENERATIONS)
 # There ptxas may give up two values for one more warp, however few registers are in use.
 MAY_SPILL = {"sm_100": 8, "sm_103": 8, "sm_120": 8, "sm_121": 8}
 
@@ -67,10 +71,14 @@ def compiled(config, plan, arch):
     return _compiled[name]
 
 
+def largest(config, arch):
+    """The kernel for the largest batches."""
+    return compiled(config, dispatch(config, Arch.of(arch))[-1].plan, arch)
+
+
 def for_largest(arch, **fields):
     """The kernel for the largest batches of a config on an arch."""
-    config = KernelConfig(**fields)
-    return compiled(config, dispatch(config, Arch.of(arch))[-1].plan, arch)
+    return largest(KernelConfig(**fields), arch)
 
 
 def may_spill(found):
@@ -100,8 +108,14 @@ def assert_right_instructions(found):
     assert f".target {arch}" in found.ptx
 
 
-@pytest.mark.parametrize("arch", KNOWN)
-@pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
+def _served():
+    """Every kernel on each generation, and on one of the siblings."""
+    for i, served in enumerate(SERVED):
+        for arch in (*GENERATIONS, SIBLINGS[i % len(SIBLINGS)]):
+            yield arch, *served
+
+
+@pytest.mark.parametrize(("arch", "algorithm", "state", "rounding"), _served())
 def test_every_kernel_compiles_within_limits(arch, algorithm, state, rounding):
     found = for_largest(arch, algorithm=algorithm, state_dtype=state, rounding=rounding)
     assert found.plan.algorithm == algorithm
@@ -147,10 +161,11 @@ TOKENS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("kind", TOKENS)
-@pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)
-def test_kernels_of_many_tokens_compile_without_spills(arch, kind, state, rounding):
+@pytest.mark.parametrize(
+    ("arch", "kind", "rounded"), covering(("sm_80", "sm_90", "sm_100"), tuple(TOKENS), ROUNDINGS)
+)
+def test_kernels_of_many_tokens_compile_without_spills(arch, kind, rounded):
+    state, rounding = rounded
     found = for_largest(arch, state_dtype=state, rounding=rounding, **TOKENS[kind])
     assert_within_limits(found, MOST)
     assert_right_instructions(found)
@@ -181,13 +196,14 @@ def test_the_matrix_form_compiles_for_every_architecture(arch, state):
 
 
 def _shipped():
-    """Every plan the table has for the very config it was measured with."""
+    """Every plan measured, with the very config it was measured with; and some the model takes."""
     for state in ITEMSIZE:
         for rounding in ("nearest", "stochastic"):
             for pdl in (False, True):
                 if (state, rounding) != ("fp32", "stochastic"):
                     config = KernelConfig(state_dtype=state, rounding=rounding, pdl=pdl)
-                    for arch in KNOWN if not pdl else ("sm_90", "sm_100"):
+                    others = ("sm_80", "sm_100", "sm_120") if state in ("bf16", "int8") else ()
+                    for arch in ("sm_90", *others):
                         for choice in dispatch(config, Arch.of(arch))[:-1]:
                             yield pytest.param(
                                 config, choice.plan, arch, id=f"{arch}-{state}-{rounding}-{pdl}"
@@ -195,7 +211,7 @@ def _shipped():
 
 
 @pytest.mark.parametrize(("config", "plan", "arch"), _shipped())
-def test_every_plan_of_the_shipped_table_compiles_within_limits(config, plan, arch):
+def test_every_plan_that_dispatch_takes_compiles_within_limits(config, plan, arch):
     found = compiled(config, plan, arch)
     assert_within_limits(found)
     assert_right_instructions(found)

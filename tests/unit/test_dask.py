@@ -23,7 +23,7 @@ from ssmgen.store import Store, user_store
 
 pytest.importorskip("distributed")
 
-CONFIGS = [KernelConfig(dim=dim, dstate=16) for dim in range(8, 8 * 21, 8)]
+CONFIGS = [KernelConfig(dim=dim, dstate=16) for dim in range(8, 8 * 13, 8)]
 JOBS = [(config, Arch.of("sm_80")) for config in CONFIGS]
 
 # In each worker: note who compiles what. The workers have no store in reach.
@@ -124,7 +124,7 @@ def test_a_worker_killed_half_way_loses_nothing(cluster: Cluster) -> None:
     # At most what was in flight, two kernels a worker, was compiled again.
     assert sum(times.values()) <= len(wanted) + 4
     # Nothing is left to do, and nobody is asked.
-    assert len(prewarm.prewarm(JOBS, executor=cluster.executor).present) == len(JOBS)
+    assert len(prewarm.prewarm(JOBS, executor=cluster.executor).present) == len(wanted)
     assert sum(times.values()) == len(cluster.compiled())
 
 
