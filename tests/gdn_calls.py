@@ -82,6 +82,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "indices": [[0, 1, 2], [3, 4, 5], [6, 7, 8]], "buffer": 3, "entries": [4, 1, 0],
     },
     "padding is slot 0": {"pad": 0, "indices": [0, 3, 0], "buffer": 1},
+    "negative slots are padding": {
+        "pad": 0, "indices": [-7, 3, -(2**40)], "dst": [4, -5, 2], "buffer": 1,
+        "entries": [1, -9, 2],
+    },
+    "a negative destination a token": {
+        "tokens": 2, "indices": [-2, 0, 2], "dst": [[3, 1], [5, -6], [-8, 9]], "buffer": 2,
+        "entries": [1, -9, 2],
+    },
 }  # fmt: skip
 
 
@@ -264,7 +272,11 @@ def expected(call: GdnCall) -> Expected:
     batch = len(ends) - 1
     lengths = [ends[i + 1] - ends[i] for i in range(batch)]
     source = _sources(call.tensors, batch)
-    live = ["state_batch_indices" not in v or slot != pad for slot in source]
+
+    def named(slot: int) -> bool:
+        return slot >= 0 and slot != pad
+
+    live = ["state_batch_indices" not in v or named(slot) for slot in source]
     target = v["dst_state_batch_indices"].tolist() if "dst_state_batch_indices" in v else None
     entry = list(range(batch))
     if "intermediate_state_indices" in v:
@@ -327,9 +339,9 @@ def expected(call: GdnCall) -> Expected:
             each = isinstance(slot, list) and ntokens > 1
             slot = slot[token if each else 0] if isinstance(slot, list) else slot
             last = each or token + 1 == lengths[i]
-            if not switches["disable_state_update"] and last and (target is None or slot != pad):
+            if not switches["disable_state_update"] and last and (target is None or named(slot)):
                 found.written[slot] = place
-            padded = "intermediate_state_indices" in v and entry[i] == pad
+            padded = "intermediate_state_indices" in v and not named(entry[i])
             if "intermediate_states_buffer" in v and not padded:
                 found.entries[entry[i], token] = place
     return found

@@ -295,7 +295,11 @@ def expected(call: Call) -> Expected:
     if indices is not None:
         source = [n if accepted is None or not lengths[i] else n[max(accepted[i] - 1, 0)]
                   for i, n in enumerate(indices)]  # fmt: skip
-    live = [indices is None or slot != pad for slot in source]
+
+    def named(slot: int) -> bool:
+        return slot >= 0 and slot != pad
+
+    live = [indices is None or named(slot) for slot in source]
     parents = _table(v, "parent_tokens")
     target = _table(v, "dst_state_batch_indices")
     entry = _table(v, "intermediate_state_indices") or source
@@ -333,9 +337,9 @@ def expected(call: Call) -> Expected:
             slot: Any = source[i] if target is None else target[i]
             each = isinstance(slot, list) and ntokens > 1
             slot = slot[token if each else 0] if isinstance(slot, list) else slot
-            if update and (each or token + 1 == lengths[i]) and (target is None or slot != pad):
+            if update and (each or token + 1 == lengths[i]) and (target is None or named(slot)):
                 found.written[slot] = place
-            padded = "intermediate_state_indices" in v and entry[i] == pad
+            padded = "intermediate_state_indices" in v and not named(entry[i])
             if "intermediate_states_buffer" in v and not padded:
                 found.entries[entry[i], token] = place
     return found

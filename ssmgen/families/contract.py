@@ -26,6 +26,7 @@ __all__ = [
     "fail",
     "overlaps_itself",
     "sequences",
+    "share_memory",
     "tokens_of",
 ]
 
@@ -199,3 +200,36 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether elements of two tensors lie at one address.
+
+    Exact where both have the same strides, as two views of one buffer have; where they differ, two
+    tensors whose ranges meet are taken to share some.
+    """
+    if a.is_meta or b.is_meta or not a.numel() or not b.numel():
+        return False
+    axes = [(t.stride(), t.shape) for t in (a, b)]
+    first, last = (
+        sum(s * (n - 1) for s, n in zip(*of)) * t.element_size() for t, of in zip((a, b), axes)
+    )
+    apart = b.data_ptr() - a.data_ptr()
+    if apart > first or -apart > last:
+        return False
+    steps = [{s: n for s, n in zip(*of) if n > 1} for of in axes]
+    if steps[0].keys() != steps[1].keys() or apart % a.element_size():
+        return True
+    # From the outermost axis in: what is left must be within reach of the axes that are left.
+    left = {apart // a.element_size()}
+    reach = sum(s * (max(o[s] for o in steps) - 1) for s in steps[0])
+    for step in sorted(steps[0], reverse=True):
+        reach -= step * (max(o[step] for o in steps) - 1)
+        low, high = 1 - steps[1][step], steps[0][step] - 1
+        left = {
+            rest - k * step
+            for rest in left
+            for k in {rest // step, rest // step + 1}
+            if low <= k <= high and abs(rest - k * step) <= reach
+        }
+    return 0 in left

@@ -54,21 +54,22 @@ def causal_conv1d_update(
         weight: (dim, width), width 2 to 6. bias: (dim,), dtype of weight, or None.
         activation: None, silu or swish (the same).
         conv_state_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used; None:
-            row i has slot i. Values other than ``pad_slot_id`` must be slots, each at most once.
+            row i has slot i. Values that are not padding must be slots, each at most once.
         num_accepted_tokens: (batch,), n: the past is columns n - 1 to n + width - 3, and the
             window written is the last width - 2 inputs of it and every token, from column 0. At
             most ``state_len - width + 2``, and a row has at most so many tokens.
         query_start_loc: (batch + 1,): row i is the tokens ``query_start_loc[i]`` to
-            ``query_start_loc[i + 1]`` of x, or none, and then touches nothing.
-        pad_slot_id: a row of this slot touches no slot; its past is zeros.
+            ``query_start_loc[i + 1]`` of x; none, unless that is more, and it touches nothing.
+        pad_slot_id: a row of this slot, or of a negative one, touches no slot; its past is zeros.
         out: of the shape of x; allocated, with channels side by side, if None. It may be x where
-            every row has one token and no ``query_start_loc`` says so.
+            every row has one token and no ``query_start_loc`` says so; otherwise it shares no
+            memory with x, which is checked when a layout is first seen.
         alignment: left (columns 0 to width - 2 are the past: vLLM), right (the last width - 1 are,
             and all move: Dao-AILab, transformers) or circular (with ``cache_seqlens``). Required
             if state_len is more than width - 1.
         cache_seqlens: (batch,), inputs before x: token t goes to column ``(cache_seqlens + t) %
             state_len``.
-        dst_state_indices: (batch,): slots to write instead; ``pad_slot_id``: none.
+        dst_state_indices: (batch,): slots to write instead; padding: none.
         pdl: launch with programmatic dependent launch: all but x may be read before the kernel
             ahead of this one has finished (docs/conv1d.md).
 
@@ -110,6 +111,7 @@ def causal_conv1d_fn(
     *,
     initial_states: Tensor | None = None,
     dst_state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
     alignment: str | None = None,
     out: Tensor | None = None,
     pdl: bool = False,
@@ -128,6 +130,9 @@ def causal_conv1d_fn(
         has_initial_state: (sequences,) bool: whether the past of a sequence is in its slot. None:
             no sequence has a past, but for ``initial_states``.
         initial_states: (sequences, dim, width - 1): the past of each sequence, only read.
+        num_accepted_tokens: (sequences,), with ``has_initial_state``, n: the past in a slot is
+            columns n - 1 to n + width - 3, as an update that verified drafts left it. The window
+            written begins at column 0, so that n is 1 after it.
         alignment: left or right, where ``conv_states`` have more than width - 1 columns.
         out: of the shape of x, sharing no memory with it; allocated if None.
 
@@ -141,7 +146,7 @@ def causal_conv1d_fn(
     prefill(
         (
             x, conv_states, initial_states, weight, bias, out, cache_indices, dst_state_indices,
-            has_initial_state, query_start_loc,
+            has_initial_state, query_start_loc, num_accepted_tokens,
         ),
         (activation, alignment, pad_slot_id, pdl),
     )  # fmt: skip
@@ -181,6 +186,7 @@ def _check_tables(arguments: dict[str, Any], prefill: bool) -> None:
         views["weight"].shape[1],
         arguments["pad_slot_id"],
         alignment=arguments["alignment"],
+        whole=prefill,
         **{n: views[n] for n in _TABLES if n in views},
     )
     if "conv_state" not in views:
@@ -245,7 +251,7 @@ update = Operation(
 prefill = Operation(
     "causal_conv1d_fn(Tensor x, Tensor(a!)? conv_state, Tensor? initial_states, Tensor weight, "
     "Tensor? bias, Tensor(b!) out, Tensor? conv_state_indices, Tensor? dst_state_indices, "
-    "Tensor? has_initial_state, Tensor? query_start_loc, " + _SWITCHES,
+    "Tensor? has_initial_state, Tensor? query_start_loc, Tensor? num_accepted_tokens, " + _SWITCHES,
     rows="x",
     aligned=ALIGNABLE,
     layout=_prefill_layout,

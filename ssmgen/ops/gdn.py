@@ -83,15 +83,16 @@ def gated_delta_rule_decode(
         out: (batch, HV, V), dtype of q; allocated if None.
         state_batch_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used, or
             ``max(accepted - 1, 0)`` with ``num_accepted_tokens``; None: row i has slot i. Values
-            other than ``pad_slot_id`` must be slots, each at most once.
-        dst_state_batch_indices: where S" goes instead of the source slot; ``pad_slot_id``: nowhere.
+            that are not padding must be slots, each at most once.
+        dst_state_batch_indices: where S" goes instead of the source slot; padding: nowhere.
             (batch,) or (batch, 1): after the last token; (batch, at least tokens): after each.
-        pad_slot_id: a row of this slot touches no state; its output is zero.
+        pad_slot_id: a row of this slot, or of a negative one, touches no state; its output is zero,
+            whatever its other tables say.
         disable_state_update: write no slot; the intermediate states are written all the same.
         intermediate_states_buffer: (entries, at least tokens, HV, V, K), dtype and inner strides of
             the state: takes the state after each token.
-        intermediate_state_indices: (batch,) entries of the buffer, ``pad_slot_id``: nowhere; None:
-            row i has entry i.
+        intermediate_state_indices: (batch,) entries of the buffer; padding: nowhere; None: row i
+            has entry i.
         cu_seqlens: (sequences + 1,): sequence i is the tokens ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]`` of q, at most ``cache_steps`` of them, or none.
         cache_steps: the most tokens of a sequence of ``cu_seqlens``; otherwise 0, or at least the
@@ -159,6 +160,7 @@ def _check_tables(arguments: dict[str, Any]) -> None:
         arguments["pad_slot_id"],
         cache_steps=arguments["cache_steps"],
         entries_are_rows=True,
+        strict_padding=False,
         **tables,
     )
     buffer = tables.get("intermediate_states_buffer", ())

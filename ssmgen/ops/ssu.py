@@ -77,17 +77,18 @@ def selective_state_update(
         z: (batch, nheads, dim), dtype of x, or None.
         state_batch_indices: (batch,) or (batch, n) int32/int64, of which column 0 is used, or
             ``max(accepted - 1, 0)`` with ``num_accepted_tokens``; None: row i has slot i. Values
-            other than ``pad_slot_id`` must be slots, each at most once.
-        pad_slot_id: a row of this slot touches no state; its output is that of a zero state.
-        dst_state_batch_indices: where h' goes instead of the source slot; ``pad_slot_id``: nowhere.
+            that are not padding must be slots, each at most once.
+        pad_slot_id: a row of this slot, or of a negative one, is padding: it touches no state; its
+            output is that of a zero state.
+        dst_state_batch_indices: where h' goes instead of the source slot; padding: nowhere.
             (batch,) or (batch, 1): after the last token; (batch, at least tokens): after each.
         state_scale: (slots, nheads, dim) or (..., 1) fp32 decode scales of an integer or fp8 state.
         out: like x, and may be x or z itself, but not x with ``parent_tokens``; allocated if None.
         disable_state_update: write no state; the intermediate states are written all the same.
         intermediate_states_buffer: (entries, at least tokens, nheads, dim, dstate), dtype of the
             state: takes the state after each token, besides what is written to ``state``.
-        intermediate_state_indices: (batch,) entries of the buffer, ``pad_slot_id``: nowhere; None:
-            the source slots.
+        intermediate_state_indices: (batch,) entries of the buffer; padding: nowhere; None: the
+            source slots.
         intermediate_state_scales: (entries, at least tokens, nheads, dim) fp32, with block-scaled
             states.
         cu_seqlens: (sequences + 1,): sequence i is the tokens ``cu_seqlens[i]`` to

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ArgumentValueError
+from .tables import named, sequences, within
 
 __all__ = ["causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update", "read_rows"]
 
@@ -69,15 +70,15 @@ def causal_conv1d_update(
 ) -> Tensor:
     """`causal_conv1d` for the next tokens of every row, whose window in `conv_state` moves on.
 
-    A row whose slot is `pad_slot_id` has a past of zeros and touches no slot. All windows are
-    read before any is written.
+    A row whose slot is `pad_slot_id` or negative is padding: it has a past of zeros and touches no
+    slot, whatever its other tables say. All windows are read before any is written.
 
     Args:
         x: (batch, dim), (batch, dim, tokens), or (tokens, dim) with `query_start_loc`.
         conv_state: (slots, dim, state_len); written in place.
         conv_state_indices: (batch,), or (batch, n) of which column 0 is used. None: row i has
             slot i, and none is padding.
-        dst_state_indices: (batch,) slots to write; `pad_slot_id`: none. None: the slot read.
+        dst_state_indices: (batch,) slots to write; padding: none. None: the slot read.
         num_accepted_tokens: (batch,), n: the past is columns n - 1 to n + width - 3 (n = 0 counts
             as 1), and the window written, from column 0, the last width - 2 inputs of the past
             and every token.
@@ -123,6 +124,7 @@ def causal_conv1d_fn(
     has_initial_state: Tensor | None = None,
     activation: str | None = None,
     *,
+    num_accepted_tokens: Tensor | None = None,
     initial_states: Tensor | None = None,
     dst_state_indices: Tensor | None = None,
     alignment: str | None = None,
@@ -138,6 +140,8 @@ def causal_conv1d_fn(
             kept.
         has_initial_state: (batch,) bool: whether the past of a sequence is in its slot; None: no
             sequence has a past, but for `initial_states`.
+        num_accepted_tokens: (batch,), n: the past in a slot is columns n - 1 to n + width - 3. The
+            window written begins at column 0.
         initial_states: (batch, dim, width - 1): the past of each sequence; columns of a window
             that are older than that become zero.
 
@@ -151,8 +155,10 @@ def causal_conv1d_fn(
         pad_slot_id,
         conv_state_indices=cache_indices,
         dst_state_indices=dst_state_indices,
+        num_accepted_tokens=num_accepted_tokens,
         query_start_loc=query_start_loc,
         alignment=alignment,
+        whole=True,
     )
     flat = x.transpose(-1, -2)
     flat = flat if flat.dim() == 2 else flat.flatten(0, 1)
@@ -176,7 +182,7 @@ class Rows:
     """What the tables say of each row. Token t of row i is row ``begin[i] + t`` of x with its
     leading axes flattened; `columns` is where a row's past lies in its slot, and `target` the slot
     that its window goes to, if it is `kept`. `start` is the first column written, or None where
-    the window moves; `modulus` is that of a circular one.
+    the window moves; `modulus` is that of a circular one. `appends`: every token is kept.
     """
 
     begin: Tensor
@@ -189,7 +195,7 @@ class Rows:
     kept: Tensor
     start: Tensor | None
     modulus: int | None
-    accepted: bool
+    appends: bool
 
 
 def _convolve(
@@ -226,7 +232,7 @@ def _convolve(
     for group, tokens, v in writes:
         assert pool is not None
         if rows.start is None:
-            count = width - 2 + tokens if rows.accepted else depth
+            count = width - 2 + tokens if rows.appends else depth
             columns = torch.arange(count, device=x.device).expand(len(group), -1)
         else:
             assert rows.modulus is not None
@@ -267,41 +273,45 @@ def read_rows(
     cache_seqlens: Tensor | None = None,
     query_start_loc: Tensor | None = None,
     alignment: str | None = None,
+    whole: bool = False,
 ) -> Rows:
     """What the tables say of each row of x: (batch, dim), (batch, tokens, dim), or (tokens, dim)
-    with `query_start_loc`. What `SSMGEN_CHECK` reads before a launch.
+    with `query_start_loc`; `whole`: as `causal_conv1d_fn` takes them. What `SSMGEN_CHECK` reads
+    before a launch.
 
     Raises `ArgumentValueError` for the first value outside of what it may be.
     """
     device = x.device
+    batch = x.shape[0] if query_start_loc is None else len(query_start_loc) - 1
+    slot = torch.arange(batch, device=device)
+    live = torch.ones(batch, dtype=torch.bool, device=device)
+    if conv_state_indices is not None:
+        slot = _column(conv_state_indices)
+        live = named(slot, pad_slot_id)
     if query_start_loc is None:
-        count, tokens = x.shape[0], x.shape[1] if x.dim() == 3 else 1
-        begin = torch.arange(count, device=device) * tokens
+        tokens = x.shape[1] if x.dim() == 3 else 1
+        begin = torch.arange(batch, device=device) * tokens
         length = torch.full_like(begin, tokens)
     else:
-        begin, length = _sequences(query_start_loc.to(torch.int64), x.shape[0])
-    batch, some = len(begin), length > 0
-    slot, live = torch.arange(batch, device=device), torch.ones_like(some)
-    if conv_state_indices is not None:
-        table = conv_state_indices.to(torch.int64)
-        slot = table[:, 0] if table.dim() == 2 else table
-        live = slot != pad_slot_id
+        begin, length = sequences("query_start_loc", query_start_loc, x.shape[0], ~live)
+    some = length > 0
     target, kept = slot, live & some
     if dst_state_indices is not None:
-        table = dst_state_indices.to(torch.int64)
-        target = table[:, 0] if table.dim() == 2 else table
-        kept = kept & (target != pad_slot_id)
+        target = _column(dst_state_indices)
+        kept = kept & named(target, pad_slot_id)
     state_len = width - 1 if conv_state is None else conv_state.shape[2]
     if conv_state is not None:
-        _within("conv_state_indices", slot[live & some], len(conv_state))
-        _within("dst_state_indices", target[kept], len(conv_state))
+        within("conv_state_indices", "slot", slot[live & some], len(conv_state))
+        within("dst_state_indices", "slot", target[kept], len(conv_state))
     columns = torch.arange(state_len if alignment == "right" else width - 1, device=device)
     columns = columns.expand(batch, -1)
     start = None
     if num_accepted_tokens is not None:
         accepted = num_accepted_tokens.to(torch.int64).clamp(min=1)
         most = state_len - width + 2
-        for name, found in (("num_accepted_tokens", accepted), ("query_start_loc", length)):
+        # A whole sequence leaves only its last inputs.
+        bounded = {"num_accepted_tokens": accepted} | ({} if whole else {"query_start_loc": length})
+        for name, found in bounded.items():
             over = found[(found > most) & live & some]
             if over.numel():
                 what = "" if found is accepted else "a row of "
@@ -329,28 +339,10 @@ def read_rows(
         kept=kept,
         start=start,
         modulus=None if start is None else state_len,
-        accepted=num_accepted_tokens is not None,
+        appends=num_accepted_tokens is not None and not whole,
     )
 
 
-def _sequences(query_start_loc: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    begin, length = query_start_loc[:-1], query_start_loc.diff()
-    outside = query_start_loc[(query_start_loc < 0) | (query_start_loc > total)]
-    if outside.numel():
-        raise ArgumentValueError(
-            f"query_start_loc: found {int(outside[0])}; allowed: 0 to {total}, the tokens of x"
-        )
-    if (length < 0).any():
-        at = int((length < 0).nonzero()[0])
-        raise ArgumentValueError(
-            f"query_start_loc: found {query_start_loc[at : at + 2].tolist()}; allowed: no decrease"
-        )
-    return begin, length
-
-
-def _within(name: str, found: Tensor, count: int) -> None:
-    outside = found[(found < 0) | (found >= count)]
-    if outside.numel():
-        raise ArgumentValueError(
-            f"{name}: slot {int(outside[0])} lies outside a pool of {count} slots"
-        )
+def _column(table: Tensor) -> Tensor:
+    table = table.to(torch.int64)
+    return table[:, 0] if table.dim() == 2 else table

@@ -145,9 +145,9 @@ def gated_delta_rule_decode(
 ) -> Tensor:
     """`delta_gates` and `delta_step` on slots of a state pool, which is updated in place.
 
-    A row whose source slot equals `pad_slot_id` has zeros for output and touches no slot. A
-    destination or entry equal to `pad_slot_id` is not written. All sources are read before any
-    destination is written; destinations of different rows must differ.
+    A row whose source slot is `pad_slot_id` or negative is padding: it has zeros for output and
+    touches no slot, whatever its other tables say. Such a destination or entry is not written. All
+    sources are read before any destination is written; destinations of different rows must differ.
 
     Args:
         state: (slots, HV, V, K) in any strides; fp32, bf16 or fp16. The new state is converted to
@@ -207,6 +207,7 @@ def gated_delta_rule_decode(
         cache_steps=cache_steps,
         num_accepted_tokens=num_accepted_tokens,
         entries_are_rows=True,
+        strict_padding=False,
     )
     count = lead.numel()
     decay = a if g is None else g
@@ -227,7 +228,7 @@ def gated_delta_rule_decode(
     g, beta = g.reshape(count, value_heads, *channels), beta.reshape(count, value_heads)
     inputs = (q.reshape(count, heads, k_dim), k.reshape(count, heads, k_dim), values, g, beta)
 
-    ntokens = int(rows.length.max()) if len(rows.length) else 0
+    ntokens = int(rows.length[rows.live].max()) if rows.live.any() else 0
     y = torch.zeros(count, value_heads, v_dim, dtype=compute_dtype, device=q.device)
     # The states of every row: S[0] before its tokens, S[t + 1] after token t.
     S = torch.zeros(

@@ -113,9 +113,9 @@ def selective_state_update(
 ) -> torch.Tensor:
     """`ssu_step` on slots of a state pool, which is updated in place.
 
-    A row whose source slot equals `pad_slot_id` starts from a zero state, touches no slot, and
-    still gives its output. A destination or entry equal to `pad_slot_id` is not written. All
-    sources are read before any destination is written; destinations of different rows must differ.
+    A row whose source slot is `pad_slot_id` or negative starts from a zero state, touches no slot,
+    and still gives its output. Such a destination or entry is not written. All sources are read
+    before any destination is written; destinations of different rows must differ.
 
     Args:
         state: (slots, nheads, dim, dstate); fp32, bf16, fp16, or block-scaled int16, int8, fp8

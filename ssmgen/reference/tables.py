@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArgumentValueError
 
-__all__ = ["Rows", "check_apart", "read_tables", "refuse_races"]
+__all__ = ["Rows", "check_apart", "named", "read_tables", "refuse_races", "sequences", "within"]
 
 Tensor = torch.Tensor
 
@@ -60,8 +60,42 @@ class Rows:
 
 
 def _written(rows: Tensor, slots: Tensor, pad: int | None) -> tuple[Tensor, Tensor]:
-    chosen = (rows if pad is None else rows & (slots != pad)).nonzero()[:, 0]
+    chosen = (rows if pad is None else rows & named(slots, pad)).nonzero()[:, 0]
     return chosen, slots[chosen]
+
+
+def named(slots: Tensor, pad: int) -> Tensor:
+    """Where a table names a slot: neither `pad` nor a negative number."""
+    return (slots >= 0) & (slots != pad)
+
+
+def sequences(
+    name: str, ends: Tensor, total: int, padded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """First token and length of each sequence of the table `name`: sequence i ends at
+    ``ends[i + 1]`` and is empty unless that is beyond ``ends[i]``.
+
+    Raises `ArgumentValueError` for one that is not within the `total` tokens of x, unless it is
+    `padded`, and for tokens of two sequences.
+    """
+    ends = ends.to(torch.int64)
+    begin, end = ends[:-1], ends[1:]
+    followed = end > begin if padded is None else (end > begin) & ~padded
+    outside = torch.stack([begin, end], 1)[followed].flatten()
+    outside = outside[(outside < 0) | (outside > total)]
+    if outside.numel():
+        raise ArgumentValueError(
+            f"{name}: found {int(outside[0])}; allowed: 0 to {total}, the tokens of x"
+        )
+    begin, end = begin.clamp(0, total), end.clamp(0, total)
+    first, order = begin[end > begin].sort()
+    last = end[end > begin][order]
+    if (first[1:] < last[:-1]).any():
+        at = int(first[1:][first[1:] < last[:-1]][0])
+        raise ArgumentValueError(
+            f"{name}: found token {at} in two sequences; allowed: sequences that share none"
+        )
+    return begin, (end - begin).clamp(min=0)
 
 
 def read_tables(
@@ -78,31 +112,51 @@ def read_tables(
     num_accepted_tokens: Tensor | None = None,
     parent_tokens: Tensor | None = None,
     entries_are_rows: bool = False,
+    strict_padding: bool = True,
 ) -> Rows:
     """What the tables say of each row; arguments as in `selective_state_update`.
 
     `x` is any input with a row for each token. `entries_are_rows`: without
     `intermediate_state_indices`, row i has entry i of the buffer, not the one of its source slot.
+    `strict_padding`: a padded row must have a length and a count that can be followed, too.
 
     Raises `ArgumentValueError` for the first value that is outside of what it may be.
     """
     device = x.device
+    batch = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    table = torch.arange(batch, device=device)
+    if state_batch_indices is not None:
+        table = state_batch_indices.to(torch.int64)
+    table = table[:, None] if table.dim() == 1 else table
+    column = torch.zeros(batch, dtype=torch.int64, device=device)
+    if num_accepted_tokens is not None:
+        column = (num_accepted_tokens.to(torch.int64) - 1).clamp(min=0)
+    source = table.gather(1, column.clamp(max=table.shape[1] - 1)[:, None])[:, 0]
+    everyone = torch.ones(batch, dtype=torch.bool, device=device)
+    live = everyone if state_batch_indices is None else named(source, pad_slot_id)
+    judged = everyone if strict_padding else live
+
     if cu_seqlens is None:
-        batch, ntokens = x.shape[0], x.shape[1] if x.dim() == 4 else 1
+        ntokens = x.shape[1] if x.dim() == 4 else 1
         begin = torch.arange(batch, device=device) * ntokens
         length = torch.full_like(begin, ntokens)
     else:
-        batch, ntokens = len(cu_seqlens) - 1, cache_steps
-        begin, length = _sequences(cu_seqlens.to(torch.int64), x.shape[0], cache_steps)
+        ntokens = cache_steps
+        begin, length = sequences("cu_seqlens", cu_seqlens, x.shape[0], ~judged)
+        longest = max(length[judged].tolist(), default=0)
+        if longest > cache_steps:
+            raise ArgumentValueError(
+                f"cu_seqlens: found a sequence of {longest} tokens; allowed: cache_steps, "
+                f"{cache_steps}"
+            )
     some = length > 0
-
-    live = torch.ones(batch, dtype=torch.bool, device=device)
-    if state_batch_indices is None:
-        source = torch.arange(batch, device=device)
-    else:
-        source = _source(state_batch_indices, num_accepted_tokens, some)
-        live = source != pad_slot_id
-    _check("state_batch_indices", "slot", source[live & some], nslots)
+    beyond = column[some & judged & (column >= table.shape[1])]
+    if beyond.numel():
+        raise ArgumentValueError(
+            f"num_accepted_tokens: found {int(beyond[0]) + 1}; allowed: at most "
+            f"{table.shape[1]}, the columns of state_batch_indices"
+        )
+    within("state_batch_indices", "slot", source[live & some], nslots)
 
     target = source[:, None]
     if dst_state_batch_indices is not None:
@@ -122,12 +176,12 @@ def read_tables(
         _pad=None if dst_state_batch_indices is None else pad_slot_id,
         _entry_pad=None if intermediate_state_indices is None else pad_slot_id,
     )
-    for token in range(int(length.max()) if batch else 0):
+    for token in range(max(length[judged].tolist(), default=0)):
         if dst_state_batch_indices is not None:
-            _check("dst_state_batch_indices", "slot", rows.targets(token)[1], nslots)
+            within("dst_state_batch_indices", "slot", rows.targets(token)[1], nslots)
         if intermediate_states_buffer is not None:
             entries = len(intermediate_states_buffer)
-            _check("intermediate_state_indices", "entry", rows.entries(token)[1], entries)
+            within("intermediate_state_indices", "entry", rows.entries(token)[1], entries)
         if parent_tokens is not None:
             found = rows.parent(token)
             astray = found[(found < -1) | (found >= token)]
@@ -143,7 +197,7 @@ def check_apart(rows: Rows, nslots: int, nentries: int) -> None:
     """Raise `ArgumentValueError` if two rows, which run at once, write one slot or entry, or one
     reads the slot another writes. `nslots`, `nentries`: how many may be written, 0 for none.
     """
-    tokens = range(int(rows.length.max()) if len(rows.length) else 0)
+    tokens = range(max(rows.length[rows.live].tolist(), default=0))
     if tokens and nslots:
         names = "state_batch_indices", "dst_state_batch_indices"
         reader = (rows.live & (rows.length > 0)).nonzero()[:, 0]
@@ -186,42 +240,7 @@ def _refuse(found: str, shared: Tensor, how: str) -> None:
         )
 
 
-def _sequences(cu_seqlens: Tensor, total: int, most: int) -> tuple[Tensor, Tensor]:
-    begin, length = cu_seqlens[:-1], cu_seqlens.diff()
-    outside = cu_seqlens[(cu_seqlens < 0) | (cu_seqlens > total)]
-    if outside.numel():
-        raise ArgumentValueError(
-            f"cu_seqlens: found {int(outside[0])}; allowed: 0 to {total}, the tokens of x"
-        )
-    if (length < 0).any():
-        at = int((length < 0).nonzero()[0])
-        raise ArgumentValueError(
-            f"cu_seqlens: found {cu_seqlens[at : at + 2].tolist()}; allowed: no decrease"
-        )
-    if (length > most).any():
-        raise ArgumentValueError(
-            f"cu_seqlens: found a sequence of {int(length.max())} tokens; allowed: cache_steps, "
-            f"{most}"
-        )
-    return begin, length
-
-
-def _source(table: Tensor, accepted: Tensor | None, some: Tensor) -> Tensor:
-    table = table.to(torch.int64)
-    if accepted is None:
-        return table[:, 0] if table.dim() == 2 else table
-    column = (accepted.to(torch.int64) - 1).clamp(min=0)
-    beyond = column[some & (column >= table.shape[1])]
-    if beyond.numel():
-        raise ArgumentValueError(
-            f"num_accepted_tokens: found {int(beyond[0]) + 1}; allowed: at most "
-            f"{table.shape[1]}, the columns of state_batch_indices"
-        )
-    column = column.clamp(max=table.shape[1] - 1)
-    return table.gather(1, column[:, None])[:, 0]
-
-
-def _check(name: str, what: str, found: Tensor, count: int) -> None:
+def within(name: str, what: str, found: Tensor, count: int) -> None:
     outside = found[(found < 0) | (found >= count)]
     if outside.numel():
         where = "a pool" if what == "slot" else "a buffer"

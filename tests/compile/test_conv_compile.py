@@ -29,6 +29,8 @@ FORMS = {
     "many right": {"many": True, "depth": 4},
     "prefill": PREFILL,
     "prefill right": {**PREFILL, "depth": 4},
+    "prefill accepted": {**PREFILL, "accepted_dtype": "int32"},
+    "prefill to another slot": {**PREFILL, "has_dst": True},
     "prefill of rows": {"many": True, "prefill": True, "history": "rows"},
     "prefill alone": {"many": True, "prefill": True, "history": None, "update_state": False,
                       "index_dtype": None},
@@ -165,7 +167,8 @@ def test_a_barrier_stands_between_the_reads_of_a_window_and_its_writes(form, pac
     found = compiled(**FORMS[form], packed_channels=packed)
     before, after = found.ttgir.split("gpu.barrier")
     config = found.config
-    several, shifted = config.many, not (config.accepted_dtype or config.counts_dtype)
+    several = config.many
+    shifted = config.prefill or not (config.accepted_dtype or config.counts_dtype)
     # Of one token a row, all is read before; of several, x is read after, the window never.
     inputs = (0 if config.prefill else config.width) + shifted * config.depth
     assert len(re.findall("tt.load", after)) == (inputs if several else 0)

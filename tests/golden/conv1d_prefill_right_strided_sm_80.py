@@ -42,24 +42,30 @@ def conv1d_simple(
     w2 = tl.load(taps + 2, mask=inside, other=0.0)
     w3 = tl.load(taps + 3, mask=inside, other=0.0)
 
-    # Sequence s has the chunks from begin[s] // 16 + s on, and never needs those of the next.
-    chunks = total // 16 + rows
-    for chunk in tl.range(tl.program_id(0), chunks, tl.num_programs(0)):
-        passed = 0
-        for start in tl.range(0, rows, 128):
-            each = start + tl.arange(0, 128)
-            begins = tl.load(seqlens + each, mask=each < rows, other=0)
-            begins = tl.minimum(tl.maximum(begins, 0), total).to(tl.int32)
-            before = (begins // 16 + each <= chunk) & (each < rows)
-            passed += tl.sum(before.to(tl.int32), axis=0)
-        row = tl.maximum(passed - 1, 0)
-        begin = tl.load(seqlens + row)
-        end = tl.load(seqlens + row + 1)
-        sound = (begin >= 0) & (end <= total)
-        begin = tl.minimum(tl.maximum(begin, 0), total).to(tl.int32)
-        length = tl.minimum(tl.maximum(end, 0), total).to(tl.int32) - begin
-        first = (chunk - row - begin // 16) * 16
-        if (first >= 0) & (first < length):
+    # Chunks are counted from sequence to sequence, whatever the order of their tokens in x.
+    chunk = tl.program_id(0).to(tl.int64)
+    counted = tl.full([], 0, tl.int64)
+    for start in tl.range(0, rows, 128):
+        each = start + tl.arange(0, 128)
+        begins = tl.load(seqlens + each, mask=each < rows, other=0)
+        ends = tl.load(seqlens + each + 1, mask=each < rows, other=0)
+        begins = tl.minimum(tl.maximum(begins, 0), total)
+        lengths = tl.maximum(tl.minimum(ends, total) - begins, 0).to(tl.int64)
+        chunks = (lengths + 15) // 16
+        before = counted + tl.cumsum(chunks, axis=0) - chunks
+        counted += tl.sum(chunks, axis=0)
+        while chunk < counted:
+            row = start + tl.sum((before + chunks <= chunk).to(tl.int32), axis=0)
+            begin = tl.load(seqlens + row)
+            end = tl.load(seqlens + row + 1)
+            sound = (begin >= 0) & (end <= total)
+            begin = tl.minimum(tl.maximum(begin, 0), total).to(tl.int32)
+            length = tl.minimum(tl.maximum(end, 0), total).to(tl.int32) - begin
+            since = tl.max(tl.where(before <= chunk, before, 0), axis=0)
+            first = (chunk - since).to(tl.int32) * 16
+            slot = tl.load(slots + row * slots_stride).to(tl.int64)
+            live = (slot >= 0) & (slot != pad_slot_id)
+            sound |= ~live
             x_row = x + begin * x_token_stride + channels
             out_row = out + begin * out_token_stride + channels
             at = first + tl.arange(0, 16)
@@ -76,8 +82,7 @@ def conv1d_simple(
             place = x_row[None, :] + at[:, None] * x_token_stride
             x3 = tl.load(place, mask=there, other=0.0)
             if first == 0:
-                slot = tl.load(slots + row * slots_stride).to(tl.int64)
-                live = (slot != pad_slot_id) & sound
+                live = live & sound
                 continued = live & (tl.load(has_initial + row * has_initial_stride) != 0)
                 window = conv_state + slot * state_slot_stride + channels * state_dim_stride
                 readable = inside & continued
@@ -119,3 +124,4 @@ def conv1d_simple(
             y = tl.where(sound, y, float("nan"))
             place = out_row[None, :] + at[:, None] * out_token_stride
             tl.store(place, y.to(tl.float16), mask=there)
+            chunk += tl.num_programs(0)

@@ -47,11 +47,12 @@ def conv1d_simple(
     begin = tl.minimum(tl.maximum(begin, 0), total).to(tl.int32)
     length = tl.minimum(tl.maximum(end, 0), total).to(tl.int32) - begin
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    live = (slot >= 0) & (slot != pad_slot_id)
     column = tl.maximum(tl.load(accepted + row * accepted_stride), 1) - 1
-    fits = (column <= state_len - 3) & (length <= state_len - 2)
-    sound &= fits | (slot == pad_slot_id)
+    sound &= (column <= state_len - 3) & (length <= state_len - 2)
     column = column.to(tl.int32)
-    live = (slot != pad_slot_id) & sound & (length > 0)
+    sound |= ~live
+    live = live & sound & (length > 0)
 
     window = conv_state + slot * state_slot_stride + channels
     oldest = window + column * state_column_stride

@@ -38,7 +38,7 @@ def conv1d_simple(
     inside = channels < dim
     row = tl.program_id(1)
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
 
     window = conv_state + slot * state_slot_stride + channels
     ours = inside & live

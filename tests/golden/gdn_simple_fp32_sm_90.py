@@ -77,7 +77,7 @@ def gdn_simple(
     batch = tl.program_id(1)
     group = tl.umulhi((2 * head + 1).to(tl.uint32), group_recip).to(tl.int32)
     slot = tl.load(slots + batch * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
 
     first = program % 8 * 16
     rows = tl.arange(0, 16)

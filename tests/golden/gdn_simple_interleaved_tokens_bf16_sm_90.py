@@ -101,7 +101,8 @@ def gdn_simple(
     column = tl.minimum(column, slots_width - 1)
     source = slots + batch * slots_stride + column * slots_column_stride
     slot = tl.load(source).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
+    broken &= live
     live = live & ~broken
     blank = tl.where(broken, float("nan"), 0.0)
     entry = batch.to(tl.int64)
@@ -143,7 +144,7 @@ def gdn_simple(
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))
         dst_at = dst_row + token * dst_slots_column_stride
         dst = tl.load(dst_at, mask=live, other=0).to(tl.int64)
-        kept = live & (dst != pad_slot_id)
+        kept = live & (dst >= 0) & (dst != pad_slot_id)
         tile = state + dst * state_slot_stride + head * state_head_stride + first * K
         tl.store(tile + offsets, h.to(tl.bfloat16), mask=kept)
         noted_tile = buffer + entry * buffer_entry_stride + head * buffer_head_stride + first * K

@@ -105,7 +105,8 @@ def gdn_simple(
     begin = tl.minimum(tl.maximum(begin, 0), total).to(tl.int32)
     length = tl.minimum(tl.maximum(end, 0), total).to(tl.int32) - begin
     slot = tl.load(slots + batch * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
+    broken &= live
     live = live & ~broken & (length > 0)
     blank = tl.where(broken, float("nan"), 0.0)
 
@@ -142,6 +143,8 @@ def gdn_simple(
         k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
         a_ += bias
         decay = tl.exp(lower_bound * sigmoid(rate * a_))
+        # An infinite rate makes NaN of the zeros beyond K.
+        decay = tl.where(cols < K, decay, 1.0)
         beta = sigmoid(b_)
         h *= decay[None, :]
         delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))

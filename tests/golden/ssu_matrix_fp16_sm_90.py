@@ -207,9 +207,9 @@ def ssu_matrix(
 
     first = program % 2 * 32
     slot = gl.load(slots + batch * slots_stride).to(gl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
     dst = gl.load(dst_slots + batch * dst_slots_stride).to(gl.int64)
-    kept = live & (dst != pad_slot_id)
+    kept = live & (dst >= 0) & (dst != pad_slot_id)
     group = gl.umulhi((2 * head + 1).to(gl.uint32), group_recip).to(gl.int32)
     B_group = B + batch * B_row_stride + group * B_group_stride
     C_group = C + batch * C_row_stride + group * C_group_stride

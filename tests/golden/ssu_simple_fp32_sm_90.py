@@ -77,7 +77,7 @@ def ssu_simple(
     head = program // 4
     batch = tl.program_id(1)
     slot = tl.load(slots + batch * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
     first = program % 4 * 16
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)

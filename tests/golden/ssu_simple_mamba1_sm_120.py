@@ -81,7 +81,7 @@ def ssu_simple(
     head = tl.program_id(0)
     batch = tl.program_id(1)
     slot = tl.load(slots + batch * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
     rows = tl.arange(0, 64)
     cols = tl.arange(0, 16)
 

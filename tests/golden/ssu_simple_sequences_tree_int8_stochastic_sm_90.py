@@ -149,7 +149,7 @@ def ssu_simple(
     column = tl.minimum(column, slots_width - 1)
     source = slots + batch * slots_stride + column * slots_column_stride
     slot = tl.load(source).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
     dst_row = dst_slots + batch * dst_slots_stride
     first = program % 4 * 16
     rows = tl.arange(0, 16)
@@ -222,7 +222,7 @@ def ssu_simple(
         y += x_ * D_
         tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))
         dst = tl.load(dst_row + token * dst_slots_column_stride).to(tl.int64)
-        kept = live & (dst != pad_slot_id)
+        kept = live & (dst >= 0) & (dst != pad_slot_id)
         dst_pool = state + dst * state_slot_stride + head * (DIM * DSTATE)
         dst_pool_scale = state_scale + dst * scale_slot_stride + head * DIM
         octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]

@@ -125,9 +125,9 @@ def ssu_vertical(
     head = program // 2
     batch = tl.program_id(1)
     slot = tl.load(slots + batch * slots_stride).to(tl.int64)
-    live = slot != pad_slot_id
+    live = (slot >= 0) & (slot != pad_slot_id)
     dst = tl.load(dst_slots + batch * dst_slots_stride).to(tl.int64)
-    kept = live & (dst != pad_slot_id)
+    kept = live & (dst >= 0) & (dst != pad_slot_id)
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
     pool = state + slot * state_slot_stride + head * (DIM * DSTATE)

@@ -34,6 +34,8 @@ FEATURES = (
     {"history": None, "update_state": False, "index_dtype": None}, {"history": None},
     {"has_initial": True}, {"has_initial": True, "has_dst": True, "depth": 16},
     {"has_initial": True, "index_dtype": None, "state_dtype": "fp32"},
+    {"has_initial": True, "accepted_dtype": "int64"},
+    {"has_initial": True, "accepted_dtype": "int32", "index_dtype": None, "aligned": False},
 )  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def test_what_a_config_does_not_have_is_not_in_its_source(sources):
         "sound": lambda c: c.refuses,
         "chunk": lambda c: c.prefill,
         "h0": lambda c: c.history is not None and (c.depth == c.width - 1),
-        "debug_barrier": lambda c: not c.prefill or (c.history == "pool" and not c.has_dst),
+        "debug_barrier": lambda c: not c.prefill or (c.history == "pool" and c.update_state),
     }
     for config, arch, _, source in sources:
         code = source.split('"""')[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_calls import same
 
+from ssmgen.errors import ArgumentValueError
 from ssmgen.reference import causal_conv1d
 
 FORMS = ("one", "dense", "varlen", "prefill", "prefill_dense")
@@ -139,6 +142,8 @@ def test_the_aligned_kernel_is_taken_where_all_start_and_step_by_16_bytes():
         {"index_dtype": "int64", "index_width": 3},
         {"indices": [4, -1, 0], "dst": [1, 2, -1]},
         {"indices": [4, 3, 0], "dst": [4, 3, 0]},
+        {"indices": [-3, 3, -(2**40)], "dst": [4, -5, 0], "index_dtype": "int64"},
+        {"indices": [4, -9, 0], "pad": 2},
     ],
     ids=str,
 )
@@ -180,10 +185,41 @@ def test_the_past_begins_after_the_accepted_tokens(width, state_len):
               dst=[0, -1, 2], indices=[5, 4, 2], order="length")  # fmt: skip
 
 
-def test_a_padded_row_may_hold_any_count():
-    for form in ("one", "varlen"):
-        check(form, state_len=5, accepted=[99, 2, -7], indices=[-1, 3, -1], lengths=[1, 2, 0])
-        check(form, state_len=5, counts=[-3, 2, -7], indices=[-1, 3, -1], lengths=[1, 2, 0])
+@pytest.mark.parametrize("order", ["channels", "length"])
+@pytest.mark.parametrize(("width", "state_len"), [(2, 5), (3, 5), (4, 6), (6, 7)])
+def test_a_prefill_goes_on_after_the_accepted_tokens(width, state_len, order):
+    most = state_len - width + 2
+    options = {"width": width, "state_len": state_len, "order": order}
+    for accepted, lengths in (([1, most, 0], [1, 20, 2]), ([most, 2, -9], [3, 0, 9])):
+        for initial in ([True] * 3, [True, False, True]):
+            more = {**options, "accepted": accepted, "initial": initial}
+            check("prefill", **more, lengths=lengths)
+            check("prefill", **more, lengths=lengths, indices=[3, -1, 5], dst=[0, 1, -1])
+            _, after = check("prefill_dense", **more, tokens=lengths[0])
+            # What lay beyond the window that it leaves is no past any more, and is left alone.
+            assert after["conv_state"][:, :, width - 1 :].isnan().any()
+
+
+@pytest.mark.parametrize("form", ["one", "varlen", "prefill"])
+def test_a_padded_row_may_hold_any_count(form):
+    options = {"state_len": 5, "indices": [-1, 3, -8], "lengths": [1, 2, 0]}
+    check(form, **options, accepted=[99, 2, -7], initial=[True] * 3 if form == "prefill" else None)
+    if form != "prefill":
+        check(form, **options, counts=[-3, 2, -7])
+
+
+@pytest.mark.parametrize("form", ["varlen", "prefill"])
+@pytest.mark.parametrize("ends", [[0, 2, 3, 99], [-9, 2, 3, 3], [0, 3, 8, 8]])
+def test_padded_sequences_may_have_any_length(form, ends):
+    """They are cut to x; every chunk of them has the outputs of zeros."""
+    slots = [-1 if begin < 0 or end - begin > 4 else i + 3
+             for i, (begin, end) in enumerate(itertools.pairwise(ends))]  # fmt: skip
+    accepted, flags = ([1, 2, 1], None) if form == "varlen" else (None, [True] * 3)
+    for spare in (0, 30):
+        call = make_conv(form, lengths=[1, 1, 1], spare=spare, indices=slots, accepted=accepted,
+                         state_len=6, initial=flags)  # fmt: skip
+        call["query_start_loc"].copy_(torch.tensor(ends))
+        verify_conv(call, call.interpreted_by())
 
 
 # Rows of sequences
@@ -206,6 +242,46 @@ def test_more_chunks_than_programs_are_taken_in_turns():
     check("prefill", lengths=lengths, dim=8, slots=140, initial=[True] * 131)
 
 
+DECREASING = {
+    "a tail of zeros": [0, 20, 0, 0],
+    "a tail of the last": [0, 20, 20, 20],
+    "a tail from before": [3, 20, 9, 2],
+    "zeros, then more": [0, 9, 0, 0, 0, 0],
+    "in another order": [11, 20, 0, 11],
+    "between empty ones": [5, 5, 4, 20, 17, 1, 4],
+}
+
+
+@pytest.mark.parametrize("form", ["varlen", "prefill"])
+@pytest.mark.parametrize("table", DECREASING)
+def test_a_sequence_is_empty_where_the_table_does_not_increase(form, table):
+    ends = DECREASING[table]
+    rows = len(ends) - 1
+    flags = [True] * rows if form == "prefill" else None
+    call = make_conv(form, lengths=[20] + [0] * (rows - 1), initial=flags)
+    call["query_start_loc"].copy_(torch.tensor(ends))
+    verify_conv(call, call.interpreted_by())
+
+
+def test_sequences_are_found_after_any_number_of_empty_ones():
+    ends = [0, *[9] * 140, 29, *[8] * 130]
+    rows = len(ends) - 1
+    call = make_conv("prefill", lengths=[29] + [0] * (rows - 1), dim=8, initial=[True] * rows)
+    call["query_start_loc"].copy_(torch.tensor(ends))
+    verify_conv(call, call.interpreted_by())
+
+
+def test_every_token_of_sequences_that_share_some_is_written():
+    for ends in ([0, 30, 4, 16], [4, 16, 0, 30], [0, 30, 0, 30, 0, 30]):
+        rows = len(ends) - 1
+        call = make_conv("prefill", lengths=[30] + [0] * (rows - 1), indices=list(range(rows)))
+        call["query_start_loc"].copy_(torch.tensor(ends))
+        after = call.interpreted_by()
+        assert not after["out"].isnan().any()
+        with pytest.raises(ArgumentValueError, match=r"query_start_loc: found token \d in two"):
+            call.refer()
+
+
 def test_without_tables_and_pools_it_is_a_plain_convolution():
     for form in PREFILLS:
         for initial in (None, "rows"):
@@ -220,7 +296,7 @@ def test_new_columns_older_than_the_initial_states_are_zero():
 
 # Rows that cannot be followed
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "too many tokens": {"lengths": [1, 5, 2], "accepted": [1, 1, 1], "state_len": 6},
     "too many accepted": {"lengths": [1, 2, 2], "accepted": [1, 5, 1], "state_len": 6},
     "a negative count": {"lengths": [1, 2, 2], "counts": [0, -1, 3], "state_len": 6},
@@ -228,12 +304,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("form", ["varlen", "prefill"])
-@pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [*(("varlen", why) for why in REFUSED), ("prefill", "beyond x"),
+     ("prefill", "too many accepted")],
+)  # fmt: skip
 def test_a_row_that_cannot_be_followed_is_nan_and_alone_in_it(form, why):
     options = REFUSED[why]
-    if form == "prefill" and why != "beyond x":
-        return
+    if form == "prefill":
+        options = {**options, "initial": [True] * 3, "lengths": [1, 20, 2]}
     row = 2 if why == "beyond x" else 1
     call = make_conv(form, **options, indices=[3, 4, 5])
     sane = call.copy()
@@ -243,8 +322,9 @@ def test_a_row_that_cannot_be_followed_is_nan_and_alone_in_it(form, why):
         for name in ("num_accepted_tokens", "cache_seqlens"):
             if name in sane.tensors:
                 sane[name][1] = 1
-        begins = sane["query_start_loc"]
-        begins[2:] -= begins[2] - begins[1] - 2
+        if why == "too many tokens":
+            begins = sane["query_start_loc"]
+            begins[2:] -= begins[2] - begins[1] - 2
     after = call.interpreted_by()
     right = sane.interpreted_by()
     ends = call["query_start_loc"].clamp(max=call["x"].shape[1 if form == "prefill" else 0])

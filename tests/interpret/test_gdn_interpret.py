@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gdn_calls import KINDS, LAYOUTS, STATES, make, row_of, token_of, verify
+from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
+from gdn_tolerances import assert_within_flashinfer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssu_calls import raw, same
 
+import ssmgen
 from ssmgen import Plan
 
 SMALL = {"H": 1, "HV": 2, "K": 16, "V": 8}
@@ -119,6 +121,62 @@ def test_more_accepted_than_columns_is_nan_and_writes_no_state(tokens, accepted)
     for name, written in (("state", [4]), ("intermediate_states_buffer", [1])):
         changed = (raw(after[name]) != raw(call[name])).flatten(1).any(1).nonzero()[:, 0]
         assert changed.tolist() == written
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_padded_row_may_hold_any_count(tokens):
+    table = [[-1, -1], [3, 4], [5, -6], [1, 7]]
+    call = make(tokens=tokens, accepted=[9, 2, 9, 1], indices=table, batch=4, dst="source",
+                buffer=2, entries=[0, 1, 2, 3], **SMALL)  # fmt: skip
+    verify(call, call.interpreted())
+    assert not raw(call.interpreted()["out"])[[0, 2]].any()
+
+
+@pytest.mark.parametrize("dst", [None, [[-1, 9]] * 4])
+def test_padded_sequences_may_have_any_length(dst):
+    """They are cut to q, and their outputs are zeros."""
+    call = make(lengths=[1, 2, 4, 2], steps=2, spare=0, indices=[-1, 3, -4, -1], buffer=2, dst=dst,
+                entries=[0, 1, 2, 3], **SMALL)  # fmt: skip
+    call["cu_seqlens"].copy_(torch.tensor([-5, 1, 3, 7, 99]))
+    after = call.interpreted()
+    assert not raw(after["out"])[[0, 3, 4, 5, 6, 7, 8]].any()
+    assert after["out"][1:3].isfinite().all()
+    for name, written in (("state", [9 if dst else 3]), ("intermediate_states_buffer", [1])):
+        changed = (raw(after[name]) != raw(call[name])).flatten(1).any(1).nonzero()[:, 0]
+        assert changed.tolist() == written
+    want = call.copy()
+    ssmgen.gated_delta_rule_decode(**want.arguments())
+    assert torch.allclose(after["out"].float(), want["out"].float(), atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_results_are_within_the_tolerances_of_flashinfer(state, tokens):
+    call = make(state, batch=2, slots=2, tokens=tokens, H=1, HV=2, K=64, V=32, indices=[0, 1],
+                token_axis=True)  # fmt: skip
+    assert_within_flashinfer(call, GdnCall.interpreted, state)
+
+
+def test_a_sequence_is_empty_where_the_table_does_not_increase():
+    for ends in ([0, 3, 0, 0], [2, 5, 1, 1], [3, 5, 0, 3]):
+        call = make(lengths=[3, 1, 1], steps=3, spare=0, indices=[2, 0, 1], **SMALL)
+        call["cu_seqlens"].copy_(torch.tensor(ends))
+        after, want = call.interpreted(), call.copy()
+        ssmgen.gated_delta_rule_decode(**want.arguments())
+        assert same(after["out"].isnan(), want["out"].isnan())
+        written = [slot for i, slot in enumerate([2, 0, 1]) if ends[i + 1] > ends[i]]
+        changed = (raw(after["state"]) != raw(call["state"])).flatten(1).any(1).nonzero()[:, 0]
+        assert changed.tolist() == sorted(written)
+
+
+def test_an_infinite_rate_makes_no_nan_of_columns_that_are_not_there():
+    """exp(A_log) overflows; its product with the zeros beyond K would be one."""
+    call = make(K=24, V=16, H=1, HV=1, batch=1, kda=True, gate="bounded")
+    call["A_log"].fill_(100.0)
+    after, want = call.interpreted(), call.copy()
+    ssmgen.gated_delta_rule_decode(**want.arguments())
+    assert want["out"].isfinite().all()
+    assert torch.allclose(after["out"].float(), want["out"].float(), atol=2e-2)
 
 
 @settings(max_examples=40)

@@ -248,19 +248,21 @@ def test_a_row_of_any_size_keeps_its_peak_and_passes_no_code(state, exponent):
     with_indices=st.booleans(),
     with_dst=st.booleans(),
     pad=st.sampled_from([-1, 3, 2**31 - 1]),
+    padded=st.sampled_from([None, -2, -(2**31)]),
     pads=st.lists(st.booleans(), min_size=6, max_size=6),
     update=st.booleans(),
     random=st.integers(0, 999),
 )
 def test_any_layout_is_right_and_touches_nothing_else(
-    served, ratio, batch, with_indices, with_dst, pads, pad, random, **more
+    served, ratio, batch, with_indices, with_dst, pads, pad, padded, random, **more
 ):
     algorithm, state, rounding = served
     order = torch.randperm(8, generator=torch.Generator().manual_seed(random)).tolist()
     source, target = order[:batch], order[batch : 2 * batch]
     for i in range(batch):
-        source[i] = pad if pads[i] else source[i]
-        target[i] = pad if pads[3 + i] else target[i]
+        # Any negative slot is padding, too.
+        source[i] = (padded or pad) if pads[i] else source[i]
+        target[i] = (padded or pad) if pads[3 + i] else target[i]
     call = make(
         state,
         rounding,
@@ -345,11 +347,12 @@ def test_padded_row_touches_no_slot_and_outputs_as_a_zero_state(algorithm, state
 
 
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
-@pytest.mark.parametrize("pad", [-1, 5])
-def test_padded_destination_is_not_written(algorithm, state, rounding, pad):
+@pytest.mark.parametrize(("pad", "padded"), [(-1, -1), (5, 5), (5, -4)])
+def test_padded_destination_is_not_written(algorithm, state, rounding, pad, padded):
     call = make(
-        state, rounding, batch=3, indices=[0, pad, 2], dst=[pad, 4, 3], pad=pad, nheads=1, ngroups=1
-    )
+        state, rounding, batch=3, indices=[0, padded, 2], dst=[padded, 4, 3], pad=pad, nheads=1,
+        ngroups=1,
+    )  # fmt: skip
     want = expected(call)
     assert list(want.written) == [3]
     verify(call, run(call, algorithm), want)

@@ -161,7 +161,7 @@ def test_a_row_alone_gives_the_bits_of_the_row_in_a_batch(state):
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_padded_row_touches_nothing_and_outputs_as_a_zero_state(state):
-    padded = make_matrix(state, tokens=3, batch=2, indices=[7, 7], pad=7, z=True, **SMALL)
+    padded = make_matrix(state, tokens=3, batch=2, indices=[7, -2], pad=7, z=True, **SMALL)
     zero = make_matrix(state, tokens=3, batch=2, indices=[0, 1], z=True, **SMALL)
     padded["state"].fill_(torch.nan)
     zero["state"].zero_()

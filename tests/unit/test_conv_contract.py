@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ssmgen import Arch, KernelConfig, Plan
 from ssmgen.errors import ArgumentTypeError, ArgumentValueError, ConfigError, DeviceError
 from ssmgen.families import spec
+from ssmgen.families.contract import overlaps_itself, share_memory
 from ssmgen.families.conv1d import Conv1dConfig
 from ssmgen.families.conv1d.contract import ABI_TENSORS, layout
 from ssmgen.plan import dispatch
@@ -58,6 +59,8 @@ def test_widths_are_2_to_6(width):
         ({"accepted_dtype": "int32", "depth": 5}, "accepted_dtype"),
         ({"accepted_dtype": "int32", "counts_dtype": "int32"}, "accepted_dtype"),
         ({"accepted_dtype": "int32", "many": True, "prefill": True}, "accepted_dtype"),
+        ({"accepted_dtype": "int32", "many": True, "prefill": True, "history": "rows"},
+         "accepted_dtype"),
         ({"counts_dtype": "int32", "depth": 5}, "counts_dtype"),
         ({"counts_dtype": "int32", "has_dst": True}, "counts_dtype"),
         ({"many": True, "prefill": True, "history": None, "update_state": False}, "index_dtype"),
@@ -198,8 +201,11 @@ WRONG = {
     "too many drafts": (make_conv("dense", accepted=[1] * 3, state_len=5, tokens=4), "x"),
     "circular, dst": (make_conv(counts=[1] * 3, dst=[1, 2, 3]), "dst_state_indices"),
     "dst alone": (make_conv(indices=None, dst=[1, 2, 3]), "dst_state_indices"),
-    "accepted in prefill": (changed("num_accepted_tokens", lambda _: torch.ones(3).int(),
-                                    form="prefill"), "num_accepted_tokens"),
+    "accepted in prefill without a past": (
+        changed("num_accepted_tokens", lambda _: torch.ones(3).int(), form="prefill"),
+        "num_accepted_tokens"),
+    "counts in prefill": (changed("cache_seqlens", lambda _: torch.ones(3).int(), form="prefill"),
+                          "cache_seqlens"),
     "flags in update": (changed("has_initial_state", lambda _: torch.ones(3).bool()),
                         "has_initial_state"),
     "initial states in update": (changed("initial_states", lambda _: torch.ones(3, 16, 3)),
@@ -242,6 +248,43 @@ def test_a_call_outside_the_contract_is_refused_by_name(name):
     for tensor in ("conv_state", "out"):
         if tensor in call.tensors:
             assert torch.equal(call[tensor].nan_to_num(9), before[tensor].nan_to_num(9))
+
+
+@pytest.mark.parametrize("form", ["one", "dense", "varlen", "prefill", "prefill_dense"])
+def test_an_out_in_the_memory_of_x_is_refused_unless_it_is_x_of_one_token_a_row(form):
+    call = make_conv(form, gap=16)
+    x = call["x"]
+    call.tensors["out"] = x[:]
+    if form == "one":
+        want = make_conv(form, gap=16)
+        assert torch.equal(call.op(**call.arguments()), want.op(**want.arguments()))
+        call.tensors["out"] = x.as_strided(x.shape, x.stride(), 8)
+    for _ in range(2):
+        with pytest.raises(ArgumentValueError, match="out: found memory of x; allowed: "):
+            call.op(**call.arguments())
+        # Another start, and some of the same channels.
+        call.tensors["out"] = x.as_strided(x.shape, x.stride(), 8)
+    # Beside x in the rows of one buffer: nothing is shared.
+    call.tensors["out"] = x.as_strided(x.shape, x.stride(), 16)
+    call.op(**call.arguments())
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 4), min_size=3, max_size=3), min_size=2, max_size=2),
+    strides=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 12, 20]), min_size=3, max_size=3),
+    starts=st.lists(st.integers(0, 60), min_size=2, max_size=2),
+)
+def test_two_views_of_one_buffer_are_known_to_share_memory(shapes, strides, starts):
+    buffer = torch.zeros(300)
+    a, b = (buffer.as_strided(*of, start) for of, start in zip(zip(shapes, [strides] * 2), starts))
+    if overlaps_itself(a) or overlaps_itself(b):
+        return
+    places = [set(torch.arange(300).as_strided(t.shape, t.stride(), t.storage_offset())
+                  .flatten().tolist()) for t in (a, b)]  # fmt: skip
+    axes = [{s for s, n in zip(t.stride(), t.shape) if n > 1} for t in (a, b)]
+    if axes[0] == axes[1]:
+        assert share_memory(a, b) == bool(places[0] & places[1])
+    assert share_memory(a, b) or not places[0] & places[1]
 
 
 DTYPES = [

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from gdn_tolerances import FLA, assert_within_fla
 from ssu_calls import same
 
 from ssmgen.adapters import fla, flashinfer, vllm
@@ -104,6 +105,18 @@ def test_fla_makes_a_new_state_unless_told_otherwise(data, state_v_first, inplac
     close(final if state_v_first else final.transpose(-1, -2), states[:, -1])
     assert (final is initial) == inplace
     assert same(initial, before) != inplace
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rule", FLA)
+def test_fla_is_within_the_tolerances_of_its_own_tests(rule, dtype, monkeypatch):
+    for l2norm in (False, True):
+        assert_within_fla(rule, "cpu", dtype, 64, 32, 15, l2norm)
+    # Below the rounding of fp16 itself, none would hold.
+    monkeypatch.setitem(FLA, rule, 5e-5)
+    if dtype == torch.float16:
+        with pytest.raises(AssertionError, match=rule):
+            assert_within_fla(rule, "cpu", dtype, 64, 32, 15, True)
 
 
 def test_fla_without_state_gates_or_norm(data):

@@ -95,7 +95,6 @@ def test_a_row_without_tokens_touches_nothing():
 
 WRONG = {
     "conv_state_indices: slot 9 lies outside": {"indices": [1, 9, 2]},
-    "conv_state_indices: slot -1 lies outside": {"indices": [1, -1, 2], "pad": 0},
     "dst_state_indices: slot 9": {"dst": [1, 2, 9], "indices": [4, 5, 6]},
     "num_accepted_tokens: found 5; allowed: at most 4": {"accepted": [1, 2, 5], "state_len": 6},
     "query_start_loc: found a row of 5; allowed: at most 4": {
@@ -115,9 +114,11 @@ def test_a_table_that_cannot_be_followed_is_an_error_and_nothing_is_written(mess
 
 
 @pytest.mark.parametrize(
-    ("ends", "message"), [([0, 2, 99, 99], "found 99; allowed: 0 to 7"), ([0, 2, 1, 7], "no decr")]
-)
-def test_sequences_outside_of_x_are_an_error(ends, message):
+    ("ends", "message"),
+    [([0, 2, 99, 99], "found 99; allowed: 0 to 7"), ([-1, 2, 3, 3], "found -1; allowed: 0 to 7"),
+     ([0, 2, 1, 7], "found token 1 in two sequences"), ([0, 5, 0, 4], "found token 0 in two")],
+)  # fmt: skip
+def test_sequences_outside_of_x_or_that_share_tokens_are_an_error(ends, message):
     call = make_conv("prefill")
     call["query_start_loc"].copy_(torch.tensor(ends))
     with pytest.raises(ArgumentValueError, match=f"query_start_loc.*{message}"):

@@ -91,8 +91,10 @@ class Conv1dConfig(KernelConfig, family="conv1d"):
             ("index_dtype", self.index_dtype and not self.has_pool, "None without a pool"),
             ("has_dst", self.has_dst and not (self.index_dtype and self.update_state),
              "False without conv_state_indices (index_dtype), or where no state is written"),
-            ("accepted_dtype", self.accepted_dtype and (self.prefill or deep or self.counts_dtype),
-             "None with prefill, with more than width - 1 columns, with cache_seqlens"),
+            ("accepted_dtype", self.accepted_dtype and (deep or self.counts_dtype),
+             "None with more than width - 1 columns, with cache_seqlens"),
+            ("accepted_dtype", self.accepted_dtype and self.prefill and not self.has_initial,
+             "None with prefill, unless has_initial"),
             ("counts_dtype", self.counts_dtype and (self.prefill or deep or self.has_dst),
              "None with prefill, with more than width - 1 columns, with has_dst"),
         )  # fmt: skip

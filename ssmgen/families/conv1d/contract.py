@@ -22,6 +22,7 @@ from ..contract import (
     check_switches,
     dtype_of,
     fail,
+    share_memory,
 )
 from .config import FLOATS, MAX_DEPTH, Conv1dConfig
 
@@ -117,6 +118,7 @@ def check(
     check_dtypes(tensors)
     _check_strides(tensors)
     check_devices(tensors, "x")
+    _check_apart(tensors, prefill or seqlens is not None or x.dim() == 3)
     initial = "initial_states" in tensors
     pool = "conv_state" in tensors
     past = not prefill or "has_initial_state" in tensors
@@ -153,9 +155,10 @@ def _window(
     if alignment is not None and alignment not in ALIGNMENTS:
         fail("alignment", repr(alignment), ", ".join(ALIGNMENTS))
     if prefill:
-        for name in ("num_accepted_tokens", "cache_seqlens"):
-            if name in tensors:
-                fail(name, "a tensor", "None in causal_conv1d_fn")
+        if "cache_seqlens" in tensors:
+            fail("cache_seqlens", "a tensor", "None in causal_conv1d_fn")
+        if "num_accepted_tokens" in tensors and "has_initial_state" not in tensors:
+            fail("num_accepted_tokens", "a tensor", "None without has_initial_state")
         if alignment == "circular":
             fail("alignment", "'circular'", "left, right in causal_conv1d_fn")
         if "initial_states" in tensors and "has_initial_state" in tensors:
@@ -193,7 +196,7 @@ def _window(
         if "cache_seqlens" in tensors:
             fail("cache_seqlens", "a tensor", "None with num_accepted_tokens")
         x = tensors["x"]
-        if x.dim() == 3 and x.shape[1] > state_len - width + 2:
+        if not prefill and x.dim() == 3 and x.shape[1] > state_len - width + 2:
             fail("x", f"{x.shape[1]} tokens a row", f"at most {state_len - width + 2} with "
                  f"num_accepted_tokens and a conv_state of {state_len} columns")  # fmt: skip
     return state_len if alignment == "right" else width - 1
@@ -231,6 +234,15 @@ def _check_strides(tensors: Tensors) -> None:
         span = sum(s * (n - 1) for s, n in zip(state.stride()[1:], state.shape[1:]))
         if span >= 2**31:
             fail("conv_state", f"strides {state.stride()}", "slots that span below 2^31 elements")
+
+
+def _check_apart(tensors: Tensors, many: bool) -> None:
+    """No program reads of x what another one writes to out."""
+    x, out = tensors["x"], tensors["out"]
+    in_place = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and not many
+    if not in_place and share_memory(x, out):
+        fail("out", "memory of x", "memory of its own: a token is read for those after it"
+             if many else "x itself, or memory of its own")  # fmt: skip
 
 
 def _packed_channels(tensors: Tensors) -> bool:
