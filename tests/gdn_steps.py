@@ -62,20 +62,19 @@ class Steps:
     def causal_conv1d_fn(
         self, x: Tensor, weight: Tensor, *, conv_states: Tensor, activation: str, alignment: str,
         query_start_loc: Tensor, cache_indices: Tensor, pad_slot_id: int,
-        has_initial_state: Tensor | None = None, initial_states: Tensor | None = None,
+        has_initial_state: Tensor, num_accepted_tokens: Tensor,
     ) -> Tensor:  # fmt: skip
         """x (channels, tokens)."""
         assert (activation, alignment) == ("silu", "left")
         y, live = torch.zeros_like(x), weight.shape[1] - 1
         bounds = query_start_loc.tolist()
-        for row, (slot, begin, end) in enumerate(zip(cache_indices.tolist(), bounds, bounds[1:])):
-            if initial_states is not None:
-                assert has_initial_state is None
-                history = initial_states[row]
-            else:
-                history = conv_states[slot, :, :live]
-                if not has_initial_state[row]:
-                    history = torch.zeros_like(history)
+        rows = zip(cache_indices.tolist(), num_accepted_tokens.tolist(),
+                   has_initial_state.tolist(), bounds, bounds[1:])  # fmt: skip
+        for slot, n, goes_on, begin, end in rows:
+            if slot == pad_slot_id or begin == end:
+                continue
+            history = conv_states[slot, :, n - 1 : n - 1 + live]
+            history = history if goes_on else torch.zeros_like(history)
             window = torch.cat([history, x[:, begin:end]], 1)
             y[:, begin:end] = self.taps(window, weight).T
             conv_states[slot, :, :live] = window[:, -live:]

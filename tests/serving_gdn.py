@@ -313,7 +313,7 @@ class Server:
         for part in (meta.plain, meta.verify, meta.prefill):
             if not part:
                 continue
-            conv = part.conv(conv_state, self.model.width) | pdl
+            conv = part.conv(conv_state) | pdl
             recurrent = self.recurrent(part, layer, mixed) | pdl
             if part is meta.plain and not keeps("conv", self.policy, mixed):
                 conv["num_accepted_tokens"] = torch.ones_like(part.num_accepted_tokens)

@@ -183,7 +183,7 @@ class DecodeMetadata:
             self.pool.zero_states(self.begun_slots)
         self._rows = rows
         self.plain, self.verify, self.prefill = partitions = [
-            self._partition(at, rows, sizes, counts is not None) for at in range(len(KINDS))
+            self._partition(at, rows, sizes) for at in range(len(KINDS))
         ]
         if counts is not None:
             for partition in partitions:
@@ -274,20 +274,16 @@ class DecodeMetadata:
         rare = len(rows.begun) or len(tracked)
         self._tables.upload(staging, "begun_slots" if rare else "first_slots", "tokens", last)
 
-    def _partition(
-        self, at: int, rows: StepRows, sizes: list[tuple[int, int, int]], on_device: bool
-    ) -> Partition:
+    def _partition(self, at: int, rows: StepRows, sizes: list[tuple[int, int, int]]) -> Partition:
         kind, (batch, ntokens, _) = KINDS[at], sizes[at]
         members = slice(rows.bounds[at], rows.bounds[at + 1])
         numbers = rows.order[members]
-        shifted = on_device and self.columns > 1
         return Partition(
             kind=kind,
             rows=numbers,
             batch=batch,
             ntokens=ntokens,
             longest=(1, self.columns, self.max_tokens)[at],
-            shifted=shifted or bool(np.count_nonzero(rows.accepted.take(numbers) > 1)),
             whole=all(other == at or not size[0] for other, size in enumerate(sizes)),
             pad_slot_id=self.pad_slot_id,
             **self._tables_of(at, batch, ntokens),

@@ -27,7 +27,6 @@ class Partition:
         ntokens: tokens of these rows, padded ones included.
         longest: no row has more tokens: a bound that is the same in every step, so that one kernel
             serves prompt chunks of any length.
-        shifted: the conv history of some row may begin at another column than 0.
         whole: the step has no other rows, so these have all the tokens of x, in order.
         tokens: (ntokens,) int64: the tokens' places in x.
         slots: (batch, columns) int32: the slots of each row.
@@ -47,7 +46,6 @@ class Partition:
     batch: int
     ntokens: int
     longest: int
-    shifted: bool
     whole: bool
     tokens: Tensor
     slots: Tensor
@@ -89,42 +87,28 @@ class Partition:
             arguments |= {"cu_seqlens": self.cu_seqlens, "cache_steps": self.longest}
         return arguments
 
-    def conv(self, conv_state: Tensor, width: int) -> dict[str, Any]:
+    def conv(self, conv_state: Tensor) -> dict[str, Any]:
         """Arguments of `causal_conv1d_update` (plain, verify) or `causal_conv1d_fn` (prefill), the
         histories of a layer, `conv_state` (slots, channels, length), among them.
 
         The history of row i is in slot ``write_slots[i]``, in the columns from
         ``num_accepted_tokens[i] - 1`` on; what is written begins at column 0.
         """
-        if self.kind != "prefill":
-            arguments = {
-                "conv_state": conv_state,
-                "conv_state_indices": self.write_slots,
-                "num_accepted_tokens": self.num_accepted_tokens,
-                "pad_slot_id": self.pad_slot_id,
-                "alignment": "left",
-            }
-            verify = self.kind == "verify"
-            return arguments | ({"query_start_loc": self.cu_seqlens} if verify else {})
         arguments = {
-            "conv_states": conv_state,
-            "query_start_loc": self.cu_seqlens,
-            "cache_indices": self.write_slots,
+            "num_accepted_tokens": self.num_accepted_tokens,
             "pad_slot_id": self.pad_slot_id,
             "alignment": "left",
         }
-        if self.shifted:
-            return arguments | {"initial_states": self.history(conv_state, width)}
-        return arguments | {"has_initial_state": self.has_initial_state}
-
-    def history(self, conv_state: Tensor, width: int) -> Tensor:
-        """(batch, channels, width - 1): the inputs before each row, gathered from the columns where
-        they are; zeros where a prompt begins."""
-        found = conv_state.index_select(0, self.write_slots.clamp(min=0))
-        first = self.num_accepted_tokens.long()[:, None, None] - 1
-        columns = first + torch.arange(width - 1, device=conv_state.device)
-        found = found.gather(2, columns.expand(-1, found.shape[1], -1))
-        return torch.where(self.has_initial_state[:, None, None], found, 0)
+        if self.kind == "prefill":
+            return arguments | {
+                "conv_states": conv_state,
+                "query_start_loc": self.cu_seqlens,
+                "cache_indices": self.write_slots,
+                "has_initial_state": self.has_initial_state,
+            }
+        arguments |= {"conv_state": conv_state, "conv_state_indices": self.write_slots}
+        verify = self.kind == "verify"
+        return arguments | ({"query_start_loc": self.cu_seqlens} if verify else {})
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens of these rows, (ntokens, ...), of the tokens of the step, (tokens, ...): a

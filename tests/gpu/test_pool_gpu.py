@@ -56,7 +56,7 @@ def test_no_call_waits_for_the_device(monkeypatch, request, debug, counts):
             assert pool.state(layer).is_cuda
             for part in (meta.plain, meta.verify, meta.prefill):
                 assert part.recurrent
-                assert part.conv(pool.conv(layer), 4)
+                assert part.conv(pool.conv(layer))
                 part.put(x, part.take(x))
         pool.table("accepted").index_copy_(0, meta.first_slots, sampled.int())
         meta.checkpoint(sampled)

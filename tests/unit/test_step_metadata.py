@@ -151,18 +151,17 @@ def test_arguments_of_the_ops():
     assert meta.verify.recurrent["cache_steps"] == DRAFTS + 1
     assert meta.prefill.recurrent["cache_steps"] == TOKENS
     histories = torch.zeros(9, 2, 6)
-    plain, verify, prefill = (part.conv(histories, 4) for part in parts(meta).values())
+    plain, verify, prefill = (part.conv(histories) for part in parts(meta).values())
     assert plain["conv_state"] is verify["conv_state"] is prefill["conv_states"] is histories
     assert plain["num_accepted_tokens"] is meta.plain.num_accepted_tokens
     assert verify["query_start_loc"] is meta.verify.cu_seqlens
     assert prefill["has_initial_state"] is meta.prefill.has_initial_state
     assert "query_start_loc" not in plain
-    assert "initial_states" not in prefill
+    assert prefill["num_accepted_tokens"] is meta.prefill.num_accepted_tokens
 
 
 @pytest.mark.parametrize("counts", ["host", "table"])
 def test_a_prompt_chunk_that_follows_drafts_has_its_history_where_they_left_it(counts):
-    """`causal_conv1d_fn` reads from column 0, or what it is given."""
     histories = torch.arange(10 * 2 * 6.0).view(10, 2, 6)
     accepted = [1, 3, 2]
     table = torch.tensor([0, 1, 0, 0, 0, 3, 0, 0, 2, 0])
@@ -170,10 +169,13 @@ def test_a_prompt_chunk_that_follows_drafts_has_its_history_where_they_left_it(c
         [[1], [5, 6, 7], [8, 9]], [2, 2, 2], prefill=3 * [True], first=[0, 0, 1],
         accepted=accepted if counts == "host" else table,
     )  # fmt: skip
-    conv = meta.prefill.conv(histories, 4)
-    assert "has_initial_state" not in conv
-    wanted = torch.stack([histories[1, :, :3], histories[5, :, 2:5], torch.zeros(2, 3)])
-    assert torch.equal(conv["initial_states"], wanted)
+    pasts = torch.stack([histories[1, :, :3], histories[5, :, 2:5], torch.zeros(2, 3)])
+    x, weight = torch.arange(1.0, 13).view(2, 6), torch.ones(2, 4)
+    out = ssmgen.causal_conv1d_fn(x, weight=weight, **meta.prefill.conv(histories))
+    for i, past in enumerate(pasts):
+        whole = torch.cat([past, x[:, 2 * i : 2 * i + 2]], dim=1)
+        assert torch.equal(out[:, 2 * i : 2 * i + 2], whole.unfold(1, 4, 1).sum(2))
+        assert torch.equal(histories[[1, 5, 8][i], :, :3], whole[:, 2:])
 
 
 @pytest.mark.parametrize("counts", ["host", "table"])
@@ -223,7 +225,7 @@ def test_a_step_is_one_upload_and_a_layer_none():
     with Ops() as layer:
         for part in parts(meta).values():
             assert part.recurrent
-            assert part.conv(histories, 4)
+            assert part.conv(histories)
             part.put(x, part.take(x))
     assert not layer.copies
     assert set(layer.names) == {"index_select", "index_copy_"}
