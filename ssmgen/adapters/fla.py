@@ -156,6 +156,8 @@ def _recurrent(
         )
     elif output_final_state and not inplace:
         state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    elif not inplace:
+        state = state.contiguous()  # only read
     gates: dict[str, Any]
     if A_log is not None and sigmoid and not negative:
         gates = {"A_log": A_log, "a": g, "dt_bias": dt_bias, "b": beta}

@@ -63,7 +63,10 @@ def causal_conv1d_fn(
     seq_idx: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """(batch, dim, tokens) convolved from zeros. Raises `UnsupportedError` for packed sequences."""
+    """(batch, dim, tokens) convolved from zeros. Raises `UnsupportedError` for packed sequences.
+
+    kwargs are all those of the model's call, as transformers hands them on; none is read.
+    """
     if seq_idx is not None:
         raise UnsupportedError("seq_idx: given; allowed: None")
     return conv1d.causal_conv1d_fn(hidden_states, weight, bias, activation=activation)
@@ -81,7 +84,10 @@ def torch_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule token by token; the final state is `initial_state`, updated in place."""
+    """The gated delta rule token by token; the final state is `initial_state`, updated in place.
+
+    kwargs are all those of the model's call, as transformers hands them on; none is read.
+    """
     return fused_recurrent_gated_delta_rule(
         query,
         key,

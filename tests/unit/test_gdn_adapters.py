@@ -107,6 +107,18 @@ def test_fla_makes_a_new_state_unless_told_otherwise(data, state_v_first, inplac
     assert same(initial, before) != inplace
 
 
+def test_fla_reads_a_state_of_any_strides(data):
+    g, beta = raw_gates(data)
+    o, _ = walk(data, data["state"], g, beta, use_qk_l2norm=False)
+    strided = torch.stack([data["state"]] * 2, -1)[..., 0]
+    out, final = fla.fused_recurrent_gated_delta_rule(
+        data["q"], data["k"], data["v"], g, beta=beta, initial_state=strided, state_v_first=True
+    )
+    close(out, o)
+    assert final is None
+    assert same(strided, data["state"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rule", FLA)
 def test_fla_is_within_the_tolerances_of_its_own_tests(rule, dtype, monkeypatch):
