@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..base import Argument, Family, Layout
 from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
+from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, next_power_of_2
 from .work import work
 
 if TYPE_CHECKING:
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
     from ...plan import Plan
 
 __all__ = ["FAMILY", "Ssu", "SsuConfig"]
-
-# The shape the dispatch table is written for: one Mamba2 head.
-REFERENCE_DIM, REFERENCE_DSTATE = 64, 128
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def power_of_2_divisor(n: int) -> int:
-    return n & -n
 
 
 class Ssu(Family):
@@ -149,68 +139,7 @@ class Ssu(Family):
         return tuple(keys)
 
     def fit(self, config: SsuConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
-        from ...plan import Plan
-
-        warps = plan.num_warps
-        if plan.algorithm == "matrix":
-            if outside := config.outside_matrix():
-                name, value, allowed = outside
-                config.reject(name, value, f"{allowed} with algorithm matrix")
-            rows, warps = matrix.fit(config, plan)
-            return Plan(
-                algorithm="matrix",
-                block_m=rows,
-                block_n=config.dstate,
-                num_warps=warps,
-                maxnreg=plan.maxnreg,
-            )
-        if config.many and plan.algorithm != "simple":
-            config.reject("algorithm", plan.algorithm, "auto, simple, matrix with several tokens")
-        if plan.algorithm == "horizontal":
-            if config.state_scale_t:
-                config.reject(
-                    "algorithm",
-                    "horizontal",
-                    f"auto, simple, vertical with a block-scaled state ({config.state_dtype}): "
-                    "horizontal sees a row in pieces, its scale needs the whole row",
-                )
-            block_m = next_power_of_2(config.dim)
-            block_n = min(plan.block_n, power_of_2_divisor(config.dstate))
-            split, stages = 1, min(plan.num_stages, max(1, config.dstate // block_n))
-        else:
-            block_n = next_power_of_2(config.dstate)
-            rows = power_of_2_divisor(config.dim)
-            wanted = max(1, plan.block_m * REFERENCE_DSTATE // block_n)
-            block_m = min(rows, wanted)
-            warps = max(1, warps * block_m // wanted)
-            split = stages = 1
-            if plan.algorithm == "vertical":
-                steps = config.dim // block_m
-                split = next(n for n in range(min(plan.split, steps), steps + 1) if steps % n == 0)
-                stages = min(plan.num_stages, steps // split)
-        # A thread below one 16-byte vector only adds idle lanes.
-        vector = max(1, 16 // ITEMSIZE[config.state_dtype])
-        warps = max(1, min(warps, block_m * block_n // (32 * vector)))
-        # The slot's state of a tree, and A where it is a matrix, stay in registers beside h.
-        tiles = 1 + bool(config.parents_dtype) + (not config.tie_hdim)
-        if config.many and tiles > 1:
-            warps = max(warps, min(16, next_power_of_2(tiles) * block_m * block_n // 2048))
-        # Horizontal keeps the tile and its partial sums in registers.
-        if plan.algorithm == "horizontal":
-            warps = max(warps, min(16, block_m * block_n // (32 * 64)))
-        while stages > 1 and stages * block_m * block_n * ITEMSIZE[config.state_dtype] > (
-            arch.shared_memory // 2
-        ):
-            stages -= 1
-        return Plan(
-            algorithm=plan.algorithm,
-            block_m=block_m,
-            block_n=block_n,
-            num_warps=warps,
-            num_stages=stages,
-            split=split,
-            evict_first=plan.evict_first,
-        )
+        return fit(config, plan, arch)
 
     def limit(self, config: SsuConfig, heads: int) -> int:  # type: ignore[override]
         return max(1, heads * REFERENCE_DIM * REFERENCE_DSTATE // (config.dim * config.dstate))
