@@ -293,7 +293,7 @@ def expected(call: Call) -> Expected:
     accepted = _table(v, "num_accepted_tokens")
     source = list(range(batch))
     if indices is not None:
-        source = [n if accepted is None or not lengths[i] else n[max(accepted[i] - 1, 0)]
+        source = [n if accepted is None else n[max(accepted[i] - 1, 0) if lengths[i] else 0]
                   for i, n in enumerate(indices)]  # fmt: skip
 
     def named(slot: int) -> bool:
