@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import covering
 from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
 from gdn_steps import Model
 from gdn_tolerances import assert_within_fla, assert_within_flashinfer
@@ -35,18 +36,18 @@ def run(call: GdnCall, **options: Any) -> GdnCall:
     return moved(device, "cpu")
 
 
-@pytest.mark.parametrize("order", LAYOUTS)
-@pytest.mark.parametrize(("state", "rounding"), STATES)
-@pytest.mark.parametrize(("K", "V"), DIMS)
-@pytest.mark.parametrize(("H", "HV"), HEADS)
-def test_real_shapes_are_right(H, HV, K, V, state, rounding, order):
+@pytest.mark.parametrize(
+    ("heads", "sizes", "rounded", "order"), covering(HEADS, DIMS, STATES, LAYOUTS)
+)
+def test_real_shapes_are_right(heads, sizes, rounded, order):
+    (H, HV), (K, V), (state, rounding) = heads, sizes, rounded
     call = make(state, rounding, H=H, HV=HV, K=K, V=V, batch=2, slots=4, order=order)
     verify(call, run(call))
 
 
-@pytest.mark.parametrize("order", LAYOUTS)
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "state", "order"), covering(tuple(KINDS), ("fp32", "bf16"), LAYOUTS)
+)
 def test_every_kind_of_call_is_right(kind, state, order):
     call = make(state, order=order, **{**ODD, **KINDS[kind]})
     verify(call, run(call))
@@ -141,22 +142,26 @@ def test_unaligned_views_take_another_variant_and_give_the_same_result():
 # Tolerances that others publish for their own kernels, with their inputs
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
-@pytest.mark.parametrize(("K", "V"), DIMS)
-@pytest.mark.parametrize(("H", "HV"), [(16, 32), (16, 16), (16, 64)])
-@pytest.mark.parametrize(("batch", "state"), [(1, "fp32"), (32, "fp32"), (1, "bf16"), (32, "bf16")])
-def test_results_are_within_the_tolerances_of_flashinfer(batch, state, H, HV, K, V, tokens):
+@pytest.mark.parametrize(
+    ("batch", "state", "heads", "sizes", "tokens"),
+    covering((1, 32), ("fp32", "bf16"), [(16, 32), (16, 16), (16, 64)], DIMS, (1, 2, 4, 8)),
+)
+def test_results_are_within_the_tolerances_of_flashinfer(batch, state, heads, sizes, tokens):
+    (H, HV), (K, V) = heads, sizes
     call = make(state, batch=batch, slots=batch, tokens=tokens, H=H, HV=HV, K=K, V=V,
                 indices=list(range(batch)), token_axis=True)  # fmt: skip
     assert_within_flashinfer(call, run, state)
 
 
-@pytest.mark.parametrize("l2norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("K", "V"), [*DIMS, (32, 104), (256, 64)])
-@pytest.mark.parametrize("tokens", [1, 15, 63])
-@pytest.mark.parametrize("rule", ["gated_delta_rule", "kda"])
-def test_the_adapter_is_within_the_tolerances_of_fla(rule, tokens, K, V, dtype, l2norm):
+@pytest.mark.parametrize(
+    ("rule", "tokens", "sizes", "dtype", "l2norm"),
+    covering(
+        ("gated_delta_rule", "kda"), (1, 15, 63), [*DIMS, (32, 104), (256, 64)],
+        (torch.float32, torch.float16), (False, True),
+    ),
+)  # fmt: skip
+def test_the_adapter_is_within_the_tolerances_of_fla(rule, tokens, sizes, dtype, l2norm):
+    K, V = sizes
     for normalizer in (1.0, 0.1, 10.0):
         assert_within_fla(rule, "cuda", dtype, K, V, tokens, l2norm, normalizer)
 
