@@ -39,7 +39,7 @@ test: $(READY)  ## Run the tests that need no GPU.
 	@$(RUN) -m pytest -n auto -m 'not gpu'
 
 test-all: $(READY)  ## The same, with every case of the products that test takes a cover of.
-	@SSMGEN_TEST_EVERY=1 $(RUN) -m pytest -n auto -m 'not gpu'
+	@TEST_EVERY_CASE=1 $(RUN) -m pytest -n auto -m 'not gpu'
 
 test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # Set to 1 by ``make test-all``.
-EVERY = "SSMGEN_TEST_EVERY"
+EVERY = "TEST_EVERY_CASE"
 
 
 def covering(*axes: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
