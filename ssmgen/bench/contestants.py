@@ -6,6 +6,7 @@ An adapter makes, of a `Problem`, one callable per slot set; what it cannot serv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -160,7 +161,8 @@ def flashinfer_gdn(problem: Problem) -> Calls:
         if config.accepted_dtype:
             column = given["num_accepted_tokens"].long().sub(1).unsqueeze(1)
             slots = slots.gather(1, column)[:, 0]
-        pool["initial_state_indices"] = slots
+        # Others are cast in every call, or not taken at all.
+        pool["initial_state_indices"] = slots.int()
         if not config.many:
             pool["state"] = None
         else:
@@ -172,17 +174,16 @@ def flashinfer_gdn(problem: Problem) -> Calls:
     return _every(problem, function, take)
 
 
+# The place of vLLM's ops, and that in earlier versions.
+VLLM_GATED = ("vllm.third_party.flash_linear_attention.ops", "vllm.model_executor.layers.fla.ops")
+
+
 def vllm_gdn(problem: Problem) -> Calls:
-    name = "fused_recurrent_gated_delta_rule_packed_decode"
-    try:
-        function = _public("vllm", "vllm.third_party.flash_linear_attention.ops", name)
-    except Missing:
-        # Its place in earlier versions.
-        function = _public("vllm", "vllm.model_executor.layers.fla.ops", name)
     config: Any = problem.config
-    _gated("vllm", config)
     if config.many or config.accepted_dtype:
-        raise Missing("vllm's packed decode has one token a row, and no accepted ones")
+        return _vllm_drafts(problem)
+    function = _vllm_gated("fused_recurrent_gated_delta_rule_packed_decode")
+    _gated("vllm", config)
     packed: Any = problem
 
     def take(given: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +198,35 @@ def vllm_gdn(problem: Problem) -> Calls:
         }
 
     return _every(problem, function, take)
+
+
+def _vllm_drafts(problem: Problem) -> Calls:
+    """What vLLM verifies drafts with. It allocates its output, and packs q, k and v first."""
+    function = _vllm_gated("fused_sigmoid_gating_delta_rule_update")
+    config: Any = problem.config
+    _gated("vllm", config)
+    if not (config.many and config.accepted_dtype and config.dst_tokens):
+        raise Missing("vllm takes several tokens with accepted ones and a slot for each")
+
+    def take(given: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **{n: given[n] for n in ("A_log", "a", "b", "dt_bias", "q", "k", "v")},
+            "scale": config.head_k_dim**-0.5,
+            "initial_state": given["state"],
+            "ssm_state_indices": given["state_batch_indices"],
+            "num_accepted_tokens": given["num_accepted_tokens"],
+            "use_qk_l2norm_in_kernel": config.use_qk_l2norm,
+        }
+
+    # It returns the pool, too.
+    return _every(problem, lambda **given: function(**given)[0], take)
+
+
+def _vllm_gated(name: str) -> Any:
+    try:
+        return _public("vllm", VLLM_GATED[0], name)
+    except Missing:
+        return _public("vllm", VLLM_GATED[1], name)
 
 
 def fla_gdn(problem: Problem) -> Calls:
@@ -283,21 +313,28 @@ def adapter(name: str, family: str) -> Adapter:
 
 
 def forgiven(name: str, problem: Problem) -> float:
-    """What a contestant's states may be off by besides rounding.
+    """What a contestant's states, of conv1d outputs, may be off by besides rounding.
 
-    FlashInfer's software rounding flushes what would be an fp16 subnormal to zero; it is timed all
+    FlashInfer's software rounding flushes what would be an fp16 subnormal to zero. vLLM's
+    convolution rounds its products, of numbers up to about 5, to a 16-bit dtype. Both are timed all
     the same, by decision.
     """
-    stochastic = getattr(problem.config, "rounding", None) == "stochastic"
-    return 2.0**-14 if name == "flashinfer" and stochastic else 0.0
+    config = problem.config
+    if name == "flashinfer" and getattr(config, "rounding", None) == "stochastic":
+        return 2.0**-14
+    if name == "vllm" and config.family == "conv1d":
+        return {"bf16": 2.0**-4, "fp16": 2.0**-7}.get(config.dtype, 0.0)
+    return 0.0
 
 
 def versions() -> dict[str, str]:
-    """The versions of the peers that are installed."""
+    """The versions of the peers that can be imported: of the distribution, else what the module
+    says."""
     found = {}
     for name, distribution in DISTRIBUTIONS.items():
         try:
             found[name] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            with contextlib.suppress(Exception):
+                found[name] = str(importlib.import_module(name).__version__)
     return found

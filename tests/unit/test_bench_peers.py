@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from typing import Any
 
 import pytest
+import torch
 from test_bench import Clock, result_of
 
 import ssmgen
@@ -24,7 +26,23 @@ from ssmgen.bench.session import Session, contest, run
 from ssmgen.families.conv1d.config import Conv1dConfig
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
+
+
+def sigmoid_gating(
+    A_log, a, b, dt_bias, q, k, v, scale, initial_state, ssm_state_indices, num_accepted_tokens,
+    use_qk_l2norm_in_kernel,
+):  # fmt: skip
+    """vLLM's fused_sigmoid_gating_delta_rule_update, with a slot for each token."""
+    out = ssmgen.gated_delta_rule_decode(
+        initial_state, q, k, v, A_log, a, dt_bias, b, scale=scale,
+        use_qk_l2norm=use_qk_l2norm_in_kernel, state_batch_indices=ssm_state_indices,
+        dst_state_batch_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
+    return out, initial_state
+
+
 PLAYED = {
+    "fused_sigmoid_gating_delta_rule_update": sigmoid_gating,
     "fused_recurrent_gated_delta_rule_packed_decode": (
         vllm.fused_recurrent_gated_delta_rule_packed_decode
     ),
@@ -36,6 +54,7 @@ PLAYED = {
         ssmgen.causal_conv1d_update, alignment="left", pad_slot_id=0
     ),
 }
+PLAYED_UPDATE = PLAYED["causal_conv1d_update"]
 # K = V = 128 is all that FlashInfer has; two value heads of one key head are enough.
 GDN = {
     "one token": gdn_config("fp32"),
@@ -54,7 +73,7 @@ GDN = {
 }
 SERVED = {
     "flashinfer": {"one token", "bf16", "verify", "last of several", "accepted"},
-    "vllm": {"one token", "bf16", "small"},
+    "vllm": {"one token", "bf16", "small", "verify", "verify, bf16"},
     "fla": {"one token", "last of several", "small"},
 }
 CONV = {
@@ -160,6 +179,44 @@ def test_the_states_that_fla_returns_are_checked(played, monkeypatch):
     assert "state off by" in problem.verify(lambda i: calls[i]())
 
 
+def test_flashinfer_gets_slots_that_it_need_not_cast(played, monkeypatch):
+    seen = []
+    for name in ("gated_delta_rule_decode_pretranspose", "gated_delta_rule_mtp"):
+        monkeypatch.setitem(
+            PLAYED, name, lambda **given: seen.append(given["initial_state_indices"].dtype)
+        )
+    for case in ("one token", "verify"):
+        problem = make(GDN[case], 2, 2, device="cpu", pool_bytes=0)
+        contestants.adapter("flashinfer", "gdn")(problem)[0]()
+    assert seen == [torch.int32, torch.int32]
+
+
+def test_a_convolution_that_rounds_its_products_to_bf16_is_timed_and_a_wrong_one_not(
+    played, monkeypatch
+):
+    def rounded(by: float) -> Any:
+        def update(**given: Any) -> Any:
+            out = PLAYED_UPDATE(**given)
+            return out.add_(by)
+
+        return update
+
+    problem = make(Conv1dConfig(), 2, 16, device="cpu", pool_bytes=0)
+    for by, admitted in ((2.0**-6, True), (2.0**-2, False)):
+        monkeypatch.setitem(PLAYED, "causal_conv1d_update", rounded(by))
+        found = contest(problem, ("vllm",), rounds=1, record=Clock(1.0))
+        assert ("vllm" in found["us"]) == admitted
+        assert ("vllm" in found["wrong"]) != admitted
+
+
+def test_versions_are_those_of_distributions_or_of_modules(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="9.8"))
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    found = contestants.versions()
+    assert found["vllm"] == "9.8"
+    assert "mamba_ssm" not in found
+
+
 def test_vllm_is_found_where_it_was_before(monkeypatch):
     asked = []
 
@@ -228,7 +285,7 @@ def test_a_section_runs_and_is_shown(section, title, columns, played):
         assert not cell["wrong"]
         assert cell["us"]["ssmgen"] == 2.0
         assert cell["floor_us"] > 0
-        assert ("vllm" in cell["us"]) == (section == "conv1d" or cell["tokens"] == 1)
+        assert "vllm" in cell["us"]
     (table,) = tables(result, wanted)
     assert table.title == title
     assert table.columns == [*columns, "floor", "ssmgen", "vllm", "copy"]
