@@ -118,10 +118,14 @@ def ptx(config: KernelConfig, plan: Plan, arch: Arch) -> str:
     """The PTX of one kernel, for reading."""
     with triton_lock:
         source = render(config, plan, arch)
-        return _triton(source, entry_name(config, plan), config, plan, arch).asm["ptx"]
+        entry = entry_name(config, plan)
+        return _triton(source, entry, config, plan, arch, stages=True).asm["ptx"]
 
 
-def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arch) -> Any:
+def _triton(
+    source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arch, stages: bool = False
+) -> Any:
+    """Triton's kernel; with `stages` its ``asm`` has more than the binary."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -143,6 +147,7 @@ def _triton(source: str, entry: str, config: KernelConfig, plan: Plan, arch: Arc
         triton.knobs.compilation.disable_line_info = True
         triton.knobs.compilation.override = False
         triton.knobs.compilation.always_compile = True
+        triton.knobs.compilation.store_binary_only = not stages
         triton.knobs.nvidia.disable_ptxas_opt = False
         try:
             binary = triton.compile(

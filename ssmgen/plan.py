@@ -96,7 +96,7 @@ class Choice:
 
 # What the cost model is trusted to tell apart: where its constants were measured, and elsewhere,
 # where a smaller estimated gain is not worth one more kernel to compile.
-TRUST, TRUST_ELSEWHERE = 0.005, 0.02
+TRUST, TRUST_ELSEWHERE = 0.005, 0.05
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:

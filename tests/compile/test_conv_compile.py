@@ -45,7 +45,7 @@ class Compiled:
     def __init__(self, config, plan, arch):
         seen, real = [], compiler._triton
         try:
-            compiler._triton = lambda *a: seen.append(real(*a)) or seen[0]
+            compiler._triton = lambda *a: seen.append(real(*a, stages=True)) or seen[0]
             self.manifest = compiler.compile(config, plan, arch).manifest
         finally:
             compiler._triton = real

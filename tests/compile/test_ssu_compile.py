@@ -36,7 +36,7 @@ class Compiled:
         seen = []
         real = compiler._triton
         try:
-            compiler._triton = lambda *a: seen.append(real(*a)) or seen[0]
+            compiler._triton = lambda *a: seen.append(real(*a, stages=True)) or seen[0]
             self.artifact = compiler.compile(config, plan, Arch.of(arch))
         finally:
             compiler._triton = real
