@@ -140,6 +140,22 @@ def test_readme_maps_every_module() -> None:
     assert named == there
 
 
+def test_readme_names_every_extra_and_what_it_brings() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    section = re.sub(r",\n +", ", ", section)
+    brought = {
+        name: re.findall(r'"([\w-]+)', packages)
+        for name, packages in re.findall(r"^(\w+) = \[(.*)\]", section, flags=re.M)
+    }
+    readme = (ROOT / "README.md").read_text().partition("## Install")[2].partition("\n## ")[0]
+    named = {
+        name: packages.split(", ")
+        for name, packages in re.findall(r"^\| `(\w+)` \| ([^|(]*\w)", readme, flags=re.M)
+    }
+    assert named == brought
+
+
 RESULTS = {
     ("README.md", "measured"): (
         ["ssu-h200.json", "host-h200.json"],
