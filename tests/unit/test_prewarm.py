@@ -316,6 +316,15 @@ def test_without_a_user_store_or_a_compiler_nothing_is_started(
         prewarm.prewarm(JOBS)
 
 
+def test_a_store_that_cannot_be_made_is_found_out_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SSMGEN_CACHE_DIR", f"{tmp_path}/file")
+    with pytest.raises(StoreError, match="cannot publish to .*/file: it is not a folder; make"):
+        run(JOBS[:1])
+
+
 def test_a_store_that_refuses_fails_each_kernel_by_name(
     monkeypatch: pytest.MonkeyPatch, here: list[KernelConfig]
 ) -> None:
