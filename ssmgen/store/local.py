@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import errno
 import functools
 import logging
 import os
