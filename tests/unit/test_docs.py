@@ -81,6 +81,8 @@ def test_every_error_stands_in_the_docs_with_the_built_in_it_is() -> None:
     [
         (ssmgen.selective_state_update, "semantics.md"),
         (ssmgen.gated_delta_rule_decode, "gated-delta-net.md"),
+        (ssmgen.causal_conv1d_update, "conv1d.md"),
+        (ssmgen.causal_conv1d_fn, "conv1d.md"),
     ],
 )
 def test_every_argument_of_the_op_stands_in_the_docs(op: Callable[..., object], name: str) -> None:
