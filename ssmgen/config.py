@@ -25,6 +25,7 @@ __all__ = [
     "dtype_name",
     "flag",
     "integer",
+    "once",
     "plain",
     "shown",
 ]
@@ -84,6 +85,16 @@ def shown(value: Any) -> str:
 def canonical_json(value: Any) -> str:
     """JSON with one spelling: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name stands twice: the second would silently win."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands twice in one object")
+        found[name] = value
+    return found
 
 
 def choice(default: Any, allowed: Iterable[Any], **metadata: Any) -> Any:
@@ -190,7 +201,7 @@ class KernelConfig:
     def from_json(cls, text: str | bytes) -> KernelConfig:
         """Build a config from `to_json`'s output. Missing fields take their defaults."""
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=once)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"config: not JSON: {error}") from None
         if not isinstance(fields, dict):

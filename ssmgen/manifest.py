@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import resources
-from .config import KernelConfig
+from .config import KernelConfig, once
 from .errors import ConfigError, ConfigTypeError
 
 __all__ = ["SCHEMA", "Manifest", "Model", "find", "read", "shipped"]
@@ -96,7 +96,7 @@ def read(path: str | Path) -> Manifest:
 def parse(text: str, origin: str) -> Manifest:
     """Expand a manifest; `origin` names it in errors."""
     try:
-        data = json.loads(text, object_pairs_hook=_once)
+        data = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not JSON: {error}") from None
     _fields(data, origin, _FIELDS, required=("schema", "configs"))
@@ -182,16 +182,6 @@ def _model(entry: Any, where: str) -> Model:
     for name, value in facts.items():
         _positive(value, f"{where}: facts: {name}")
     return Model(entry["name"], tuple(repositories), facts)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no name stands twice: the second would silently win."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} stands twice in one object")
-        found[name] = value
-    return found
 
 
 def _fields(value: Any, where: str, allowed: tuple[str, ...], required: tuple[str, ...]) -> None:

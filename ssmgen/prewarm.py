@@ -157,6 +157,8 @@ def compile_jobs(
     run = _Run(store, jobs, progress or (lambda event: None))
     start = time.perf_counter()
     todo = run.missing()
+    if todo:
+        store.require_writable()
     if todo and executor is None:
         _in_pools(run, todo, workers or cores())
     elif todo and executor is not None:

@@ -59,7 +59,7 @@ def _root(
 def main() -> None:
     """Entry point of the command."""
     try:
-        app()
+        app(prog_name="ssmgen")
     except SsmgenError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -329,10 +329,13 @@ def _write(result: Result, folder: Path, file: str | None, console: Console) -> 
 def _replay(table: list[str] | None, plot: list[str], folder: Path, wanted: Wanted) -> None:
     """Print result files, or draw them."""
     from ..bench.plots import plot as draw
-    from ..bench.report import load, markdown
+    from ..bench.report import load, markdown, tables
 
     if table:
-        typer.echo(markdown([load(file) for file in table], wanted), nl=False)
+        results = [load(file) for file in table]
+        if not any(one.rows for result in results for one in tables(result, wanted)):
+            raise typer.BadParameter("table: no cell of these files is among those that are chosen")
+        typer.echo(markdown(results, wanted), nl=False)
     for result in [load(file) for file in plot]:
         for path in draw(result, folder, wanted):
             typer.echo(f"wrote {path}")

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from . import bundles, upkeep, why
-from .entries import Entry, date, entries, plan_text, print_json, print_table, say, size_text, text
+from .entries import (
+    Entry,
+    date,
+    entries,
+    fail,
+    plan_text,
+    print_json,
+    print_table,
+    say,
+    size_text,
+    text,
+)
 from .inputs import KEY_OR_CONFIG, ArchOf, Archs, Families, Json
 from .selection import chosen, entries_of
 
@@ -126,7 +137,7 @@ def ls(
             right=("regs", "spill", "size"),
         )
     if not rows and (arch or family or toolchain):
-        raise typer.Exit(1)
+        fail("no kernel in the stores matches")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import SsmgenError
+from ..errors import DeviceError, SsmgenError
 
 if TYPE_CHECKING:
     from ..arch import Arch
@@ -60,9 +60,14 @@ def read_config(text: str) -> KernelConfig:
     if text.lstrip().startswith("{"):
         return KernelConfig.from_json(text)
     try:
-        return KernelConfig.from_json(Path(text).read_bytes())
+        # An empty Path would be the folder here.
+        found = Path(text).read_bytes() if text else b""
     except OSError as error:
-        raise typer.BadParameter(f"config {text}: {error.strerror}") from None
+        raise typer.BadParameter(
+            f"config {text}: {error.strerror}; allowed: a file, a JSON object, or - for standard "
+            "input"
+        ) from None
+    return KernelConfig.from_json(found)
 
 
 def read_arch(name: str | None) -> Arch:
@@ -71,6 +76,9 @@ def read_arch(name: str | None) -> Arch:
 
     try:
         return Arch.of(name) if name is not None else Arch.detect()
+    except DeviceError:
+        raise typer.BadParameter(
+            "there is no GPU here that ssmgen knows; name an architecture, e.g. --arch sm_90"
+        ) from None
     except SsmgenError as error:
-        hint = "" if name is not None else "; name one with --arch"
-        raise typer.BadParameter(f"{error}{hint}") from None
+        raise typer.BadParameter(str(error)) from None

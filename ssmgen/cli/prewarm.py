@@ -111,6 +111,7 @@ def prewarm(
         if not dry_run:
             writable(report)
         wanted = expand(pairs, gpu)
+        _know(gpu, pairs)
     except SsmgenError as error:
         raise typer.BadParameter(str(error)) from None
     if dry_run:
@@ -134,6 +135,20 @@ def prewarm(
     _conclude(console, result)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _know(gpu: str | None, pairs: list[tuple[KernelConfig, Arch]]) -> None:
+    """Warn of a GPU that no table is for: its name may be misspelt."""
+    from ..tables import gpus, slug
+
+    known = {name for config, arch in pairs for name in gpus(config.family, arch)}
+    if gpu is not None and slug(gpu) not in known:
+        some = ", ".join(sorted(known)) or "none"
+        typer.echo(
+            f"warning: no table is for {gpu}; there are tables for {some}. If it is spelt as its "
+            "driver has it, all is well.",
+            err=True,
+        )
 
 
 def configs_of(

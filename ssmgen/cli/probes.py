@@ -150,6 +150,9 @@ def settings(facts: Facts, note: Note) -> None:
         for name in VARIABLES
     }
     facts["settings"]["SSMGEN_JIT"]["value"] = "allow" if now.jit else "deny"
+    for folder in now.tuned_path:
+        if not folder.is_dir():
+            note("note", f"{folder} is no folder of tables", "correct SSMGEN_TUNED_PATH")
 
 
 def _plain(value: Any) -> Any:

@@ -86,5 +86,7 @@ def render(
             sys.stdout.write(text)
         else:
             output.write_text(text, encoding="utf-8")
-    except (UnsupportedError, OSError) as error:
+    except UnsupportedError as error:
         raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        raise typer.BadParameter(f"output {output}: {error.strerror}") from None

@@ -50,9 +50,12 @@ def keys_of(text: str, arch: str | None, here: Iterable[str], where: str) -> lis
 
 def read_target(text: str, arch: str | None) -> tuple[KernelConfig, Arch, tuple[Choice, ...]]:
     """A config, its architecture, and the plans that serve it there; if none is named, here."""
-    target = read_arch(arch)
     try:
         config = read_config(text)
+    except SsmgenError as error:
+        raise typer.BadParameter(str(error)) from None
+    target = read_arch(arch)
+    try:
         gpu = gpu_name(None) if arch is None else None
         return config, target, dispatch(config, target, gpu)
     except SsmgenError as error:

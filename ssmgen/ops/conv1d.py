@@ -83,7 +83,7 @@ def causal_conv1d_update(
     A row whose tables cannot be followed (outside of x, too many tokens or accepted ones, a
     negative ``cache_seqlens``) has NaN in all its outputs and writes no state.
     """
-    require_tensor("x", x)
+    require_tensor("x", x, needed=True)
     if out is None:
         out = _like(x) if x.dim() == 3 else torch.empty_like(x, memory_format=_CONTIGUOUS)
     elif out is x and (query_start_loc is not None or (x.dim() == 3 and x.shape[2] > 1)):
@@ -138,7 +138,7 @@ def causal_conv1d_fn(
 
     The other arguments, the result and the errors are those of `causal_conv1d_update`.
     """
-    require_tensor("x", x)
+    require_tensor("x", x, needed=True)
     if out is None:
         out = _like(x)
     elif out is x:

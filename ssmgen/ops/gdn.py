@@ -116,8 +116,8 @@ def gated_delta_rule_decode(
     columns) has NaN in all its outputs and writes no state.
     """
     if out is None:
-        require_tensor("q", q)
-        require_tensor("state", state)
+        require_tensor("q", q, needed=True)
+        require_tensor("state", state, needed=True)
         out = q.new_empty((*q.shape[:-2], *state.shape[1:3]))
     tensors = (
         state, q, k, v, A_log, a, dt_bias, b, g, beta, out, state_batch_indices,

@@ -282,6 +282,8 @@ def _chosen(at: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def require_tensor(name: str, value: Any) -> None:
+def require_tensor(name: str, value: Any, *, needed: bool = False) -> None:
+    if value is None and needed:
+        raise ArgumentTypeError(f"{name}: missing")
     if value is not None and not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name}: found {type(value).__name__}; allowed: a tensor")

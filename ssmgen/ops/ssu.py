@@ -121,7 +121,7 @@ def selective_state_update(
     if backend != "auto":
         raise UnsupportedError(f"backend: {backend!r}; allowed: 'auto'")
     if out is None:
-        require_tensor("x", x)
+        require_tensor("x", x, needed=True)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     check_out(out, x, parent_tokens)
     tensors = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import ArgumentTypeError, ArgumentValueError, PoolError, PoolExhaustedError
 
@@ -48,6 +48,8 @@ class SlotAllocator:
 
     def require(self, name: str, slots: Sequence[int], *, once: bool = True) -> list[int]:
         """`slots` as ints: each within the pool, allocated, and, if `once`, named once."""
+        if not isinstance(slots, Iterable):
+            raise ArgumentTypeError(f"{name}: found {slots!r}; allowed: a list of slots")
         found = [integer(name, slot) for slot in slots]
         for slot in found:
             if not self.first <= slot < self.end:

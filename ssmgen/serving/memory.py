@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import ArgumentValueError, PoolError
+from ..errors import ArgumentValueError, DeviceError, PoolError
 from .host import HostSlots
 from .record import ALIGNMENT, LayerSpec, Record, Table
 
@@ -193,7 +193,12 @@ class SlotMemory:
 def one_device(device: torch.device | str) -> torch.device:
     """The device, with the number of the current GPU where a bare "cuda" has none: tensors compare
     theirs with it, and which GPU is current may change."""
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"device: found {device!r}; allowed: cpu, cuda, cuda:N") from None
     if found.type == "cuda" and found.index is None:
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device: found {device!r}; torch sees no GPU here; allowed: cpu")
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ArgumentValueError
+from ..errors import ArgumentTypeError, ArgumentValueError
 from .allocator import integer
 from .memory import one_device
 from .partition import Partition
@@ -90,6 +90,8 @@ class DecodeMetadata:
         self.columns = integer("drafts", drafts, 0) + 1
         self.pool = pool
         if pool is not None:
+            if not isinstance(pool, StatePool):
+                raise ArgumentTypeError(f"pool: found {type(pool).__name__}; allowed: a StatePool")
             self.device, self.pad_slot_id = pool.device, pool.pad_slot_id
             pool.require_columns("drafts", self.columns)
         else:

@@ -352,6 +352,10 @@ class StatePool:
             PoolExhaustedError: fewer are free.
             ArgumentValueError: it is from a pool of other layers or tables. Nothing has changed.
         """
+        if not isinstance(host, HostSlots):
+            raise ArgumentTypeError(
+                f"host: found {type(host).__name__}; allowed: what offload returned"
+            )
         with self._lock:
             if host.layout != self._memory.record.layout:
                 raise ArgumentValueError("host: from a pool of other layers or side tables")

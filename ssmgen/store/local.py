@@ -131,10 +131,7 @@ class Store:
             ):
                 _sync(target.parent)
         except OSError as error:
-            raise StoreError(
-                f"cannot publish to {self.root}: {error}; make room there, or the right to write, "
-                "or name another store in SSMGEN_CACHE_DIR"
-            ) from error
+            raise self._refused(error) from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -198,6 +195,22 @@ class Store:
                 aside.rename(thing)
             else:
                 os.utime(aside, follow_symlinks=False)  # `sweep` counts from now
+
+    def require_writable(self) -> None:
+        """Make the folder of the entries; a `StoreError` if nothing can be published to it."""
+        try:
+            self.make(self.base)
+            if not os.access(self.base, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> StoreError:
+        why = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        return StoreError(
+            f"cannot publish to {self.root}: {why or error}; make room there, or the right to "
+            "write, or name another store in SSMGEN_CACHE_DIR"
+        )
 
     def make(self, folder: Path) -> None:
         """Make a folder, and those above it, that none but its owner may write to.

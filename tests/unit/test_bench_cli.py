@@ -198,6 +198,13 @@ def test_plot_draws_what_is_chosen(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ssu-h200-16-heads-int8.png"]
 
 
+def test_a_table_of_no_cells_is_an_error():
+    found = run("--table", SSU, "--heads", "3")
+    assert found.exit_code == 2
+    assert "no cell of these files" in found.output
+    assert found.stdout == ""
+
+
 def test_table_prints_markdown_of_what_is_chosen():
     result = run("--table", SSU, "--heads", "16", "--states", "int8+sr", "--batches", "64")
     rows = [line for line in result.stdout.splitlines() if line.startswith("| int8")]

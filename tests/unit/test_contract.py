@@ -243,6 +243,10 @@ def test_a_missing_argument_is_refused_by_name(name):
     del call.tensors[name]
     with pytest.raises(ArgumentTypeError, match=f"^{name}: missing"):
         call.layout()
+    if name != "out":
+        arguments = {**base().arguments(), name: None, "out": None}
+        with pytest.raises(ArgumentTypeError, match=f"^{name}: missing"):
+            ssmgen.selective_state_update(**arguments)
 
 
 def test_an_unknown_argument_is_refused_by_name():

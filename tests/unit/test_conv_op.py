@@ -161,6 +161,8 @@ def test_what_is_no_tensor_is_refused():
         ssmgen.causal_conv1d_update([1], call["conv_state"], call["weight"])
     with pytest.raises(ArgumentTypeError, match="weight: found int"):
         ssmgen.causal_conv1d_fn(call["x"].t(), 3)
+    with pytest.raises(ArgumentTypeError, match="x: missing"):
+        ssmgen.causal_conv1d_update(None, call["conv_state"], call["weight"])
 
 
 def test_tables_are_read_before_the_interpreter_where_checks_are_on(monkeypatch):

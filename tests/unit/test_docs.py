@@ -81,6 +81,8 @@ def test_every_error_stands_in_the_docs_with_the_built_in_it_is() -> None:
     [
         (ssmgen.selective_state_update, "semantics.md"),
         (ssmgen.gated_delta_rule_decode, "gated-delta-net.md"),
+        (ssmgen.causal_conv1d_update, "conv1d.md"),
+        (ssmgen.causal_conv1d_fn, "conv1d.md"),
     ],
 )
 def test_every_argument_of_the_op_stands_in_the_docs(op: Callable[..., object], name: str) -> None:
@@ -138,6 +140,22 @@ def test_readme_maps_every_module() -> None:
     there = {p.name for p in (ROOT / "ssmgen").glob("[!_]*.py")}
     there |= {f"{p.parent.name}/" for p in (ROOT / "ssmgen").glob("*/__init__.py")}
     assert named == there
+
+
+def test_readme_names_every_extra_and_what_it_brings() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    section = re.sub(r",\n +", ", ", section)
+    brought = {
+        name: re.findall(r'"([\w-]+)', packages)
+        for name, packages in re.findall(r"^(\w+) = \[(.*)\]", section, flags=re.M)
+    }
+    readme = (ROOT / "README.md").read_text().partition("## Install")[2].partition("\n## ")[0]
+    named = {
+        name: packages.split(", ")
+        for name, packages in re.findall(r"^\| `(\w+)` \| ([^|(]*\w)", readme, flags=re.M)
+    }
+    assert named == brought
 
 
 RESULTS = {

@@ -129,6 +129,12 @@ def test_a_setting_that_does_not_parse_is_a_problem_that_is_said_once(monkeypatc
     assert report["round_trip"] is None
 
 
+def test_a_folder_of_tables_that_is_not_there_is_noted(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSMGEN_TUNED_PATH", f"{tmp_path}:{tmp_path}/none")
+    found = said(examine(), "note", "none is no folder of tables")
+    assert found == ["correct SSMGEN_TUNED_PATH"]
+
+
 def test_an_unknown_variable_is_noted_with_the_one_that_was_meant(monkeypatch):
     monkeypatch.setenv("SSMGEN_CACHEDIR", "/elsewhere")
     monkeypatch.setenv("SSMGEN_ZZZ", "1")

@@ -58,6 +58,15 @@ def test_the_op_is_right_for_every_state_rounding_and_dtype(state, rounding, dty
     verify(call, run(call))
 
 
+@pytest.mark.parametrize("name", ["state", "q", "k", "v"])
+def test_what_is_missing_is_named(name):
+    tensors = {"state": torch.zeros(2, 2, 8, 8), "q": torch.zeros(1, 1, 8)}
+    tensors |= {"k": tensors["q"], "v": torch.zeros(1, 2, 8), name: None}
+    gates = {"A_log": torch.zeros(2), "a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}
+    with pytest.raises(ArgumentTypeError, match=f"^{name}: missing"):
+        ssmgen.gated_delta_rule_decode(**tensors, **gates)
+
+
 def test_a_missing_out_is_made():
     call = make(packing="interleaved", tokens=2)
     wanted = run(call)["out"]

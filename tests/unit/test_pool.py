@@ -11,7 +11,13 @@ import pytest
 import torch
 
 import ssmgen
-from ssmgen.errors import ArgumentTypeError, ArgumentValueError, PoolError, PoolExhaustedError
+from ssmgen.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DeviceError,
+    PoolError,
+    PoolExhaustedError,
+)
 
 MAMBA = ssmgen.LayerSpec(state=(4, 8, 16), state_dtype=torch.float16, conv=(24, 6))
 SCALED = ssmgen.LayerSpec(state=(2, 8, 24), state_dtype=torch.int8)
@@ -222,6 +228,10 @@ def test_exhaustion_changes_nothing(pool):
         (lambda p: p.alloc(2, zero=3), ArgumentValueError, "zero: found 3; allowed: 0 to 2, the"),
         (lambda p: p.alloc(2, zero=-1), ArgumentValueError, "zero: found -1; allowed: at least 0"),
         (lambda p: p.alloc(1.5), ArgumentTypeError, "count: found 1.5; allowed: an int"),
+        (lambda p: p.free(1), ArgumentTypeError, "slots: found 1; allowed: a list of slots"),
+        (lambda p: p.reload([0]), ArgumentTypeError, "host: found list; allowed: what offload"),
+        (lambda p: ssmgen.DecodeMetadata([p], max_rows=1, max_tokens=1), ArgumentTypeError,
+         "pool: found list; allowed: a StatePool"),
         (lambda p: p.free(["1"]), ArgumentTypeError, "slots: found '1'; allowed: an int"),
         (lambda p: p.conv(2), ArgumentValueError, "conv: found 2; this pool has 0, 1, 3"),
         (lambda p: p.table("x"), ArgumentValueError, "table: found 'x'; this pool has n"),
@@ -289,8 +299,16 @@ def test_layers_and_tables_that_cannot_be_are_refused():
         pool.register("x")
 
 
+@pytest.mark.parametrize(("device", "words"), [("gpu", "cuda:N"), ("cuda", "no GPU here")])
+def test_a_device_that_is_not_here_is_named(device, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=f"device: found '{device}'; .*{words}"):
+        ssmgen.StatePool([GDN], 3, device)
+
+
 def test_a_bare_cuda_is_the_current_gpu_from_then_on(monkeypatch):
     monkeypatch.delenv("SSMGEN_DEBUG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     pool = ssmgen.StatePool([GDN], 3, "cuda")
     assert pool.device == torch.device("cuda", 3)

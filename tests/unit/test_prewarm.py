@@ -316,6 +316,15 @@ def test_without_a_user_store_or_a_compiler_nothing_is_started(
         prewarm.prewarm(JOBS)
 
 
+def test_a_store_that_cannot_be_made_is_found_out_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SSMGEN_CACHE_DIR", f"{tmp_path}/file")
+    with pytest.raises(StoreError, match=r"cannot publish to .*/file: it is not a folder; make"):
+        run(JOBS[:1])
+
+
 def test_a_store_that_refuses_fails_each_kernel_by_name(
     monkeypatch: pytest.MonkeyPatch, here: list[KernelConfig]
 ) -> None:
@@ -507,6 +516,14 @@ def test_command_reports_failures_and_exits_with_1(
     assert "ptxas says no" in row["error"]
     assert f"FAILED sm_80 {row['key'][:12]}" in result.stderr
     assert f"{len(JOBS) - 1} built, 0 present, 1 failed" in result.stderr
+
+
+def test_a_gpu_that_no_table_is_for_is_warned_of() -> None:
+    asked = ("--config", "{}", "--arch", "sm_90", "--dry-run")
+    assert "no table is for NVIDIA H2O0; there are tables for nvidia-h200" in (
+        call(*asked, "--gpu", "NVIDIA H2O0").stderr
+    )
+    assert "no table" not in call(*asked, "--gpu", "NVIDIA H200").stderr
 
 
 def test_dry_run_names_what_is_missing_and_compiles_nothing(here: list[KernelConfig]) -> None:
