@@ -171,7 +171,8 @@ class DecodeMetadata:
         """
         counts = accepted if isinstance(accepted, Tensor) else None
         rows = step_rows(slots, tokens, None if counts is not None else accepted, prefill, first,
-                         track, columns=self.columns, pad_slot_id=self.pad_slot_id)  # fmt: skip
+                         track, columns=self.columns, pad_slot_id=self.pad_slot_id,
+                         end=None if self.pool is None else self.pool.slots)  # fmt: skip
         sizes = self._sizes(rows, (plain_rows, verify_rows, None))
         if counts is not None:
             self._check_counts(counts, rows)

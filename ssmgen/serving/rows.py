@@ -59,8 +59,10 @@ def step_rows(
     *,
     columns: int,
     pad_slot_id: int,
+    end: int | None = None,
 ) -> StepRows:
-    """Rows from what `DecodeMetadata.build` takes; None has the meaning it has there.
+    """Rows from what `DecodeMetadata.build` takes; None has the meaning it has there. Slots are
+    below `end`, if that is known.
 
     Raises:
         ArgumentValueError, ArgumentTypeError: an entry that cannot be, by name and row.
@@ -94,6 +96,11 @@ def step_rows(
         taken = np.where(begins, 1, taken)
     _refuse("accepted", taken, (taken < 1) | (taken > columns), f"1 to {columns}")
     padded = table == pad_slot_id
+    if end is not None:
+        allowed = f"0 to {end - 1}, the slots of the pool, or {pad_slot_id}"
+        _refuse("slots", table, (~padded & ((table < 0) | (table >= end))).any(1), allowed)
+        outside = (target != pad_slot_id) & ((target < 0) | (target >= end))
+        _refuse("track", target, outside, allowed)
     if np.count_nonzero(padded):
         _refuse("slots", table, (padded[:, :-1] & ~padded[:, 1:]).any(1), f"padding, "
                 f"{pad_slot_id}, after the slots of a row only")  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssmgen
-from ssmgen.errors import PoolError
+from ssmgen.errors import ArgumentValueError, PoolError
 
 LAYER = ssmgen.LayerSpec(state=(2, 3, 4), conv=(5, 6), state_dtype=torch.float8_e4m3fn)
 INTS = ssmgen.LayerSpec(state=(2, 3, 4), state_dtype=torch.int16)
@@ -68,9 +68,6 @@ def test_right_steps_are_counted_and_nothing_is_raised(pool):
 
 # Rows of a step whose slots are wrong, and what is said of it. Slots 0 to 8 are allocated.
 WRONG = {
-    "row 1 reads slot 40, which lies outside the pool": ([[0], [40]], [1, 1], None),
-    "row 1 writes slot -3, which lies outside the pool": ([[0], [1, -3]], [1, 2], None),
-    "row 0 reads slot 12, which lies outside the pool": ([[1, 12]], [1], [2]),
     "row 1 reads slot 10, which is not allocated": ([[0], [10]], [1, 1], None),
     "row 2 writes slot 11, which is not allocated": ([[0], [1], [2, 3, 11]], [1, 1, 3], None),
     "row 0 writes slot 5, which another row writes too": ([[5], [6, 5]], [1, 2], None),
@@ -91,6 +88,28 @@ def test_a_wrong_slot_is_said_with_row_slot_and_step(pool, said):
     with pytest.raises(PoolError, match=f"in 3 steps: .*{said} .step 2"):
         pool.check()
     assert pool.check() == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "reads", "writes"),
+    [("row 1 reads slot 40", [0, 40], [0, 1]), ("row 0 reads slot 12", [12, 0], [1, 0]),
+     ("row 1 writes slot -3", [0, 1], [0, -3])],
+)  # fmt: skip
+def test_a_slot_outside_the_pool_is_seen_on_the_device(pool, said, reads, writes):
+    pool.alloc(9)
+    pool.validator.look(torch.arange(2), torch.tensor(reads), torch.tensor(writes)[:, None])
+    with pytest.raises(PoolError, match=f"{said}, which lies outside the pool"):
+        pool.check()
+
+
+@pytest.mark.parametrize("slots", [[[0], [40]], [[0], [12]], [[0], [1, -3]], [[0], [-2]]])
+def test_the_host_refuses_slots_outside_the_pool_before_anything_is_uploaded(pool, slots):
+    meta = metadata(pool).build([[3]], [1])
+    with pytest.raises(ArgumentValueError, match=r"slots: .* in row 1; allowed: 0 to 11"):
+        meta.build(slots, [1, 1])
+    with pytest.raises(ArgumentValueError, match=r"track: found 12 in row 0; allowed: 0 to 11"):
+        meta.build([[0]], [1], track=[12])
+    assert meta.plain.slots[:, 0].tolist() == [3]
 
 
 def test_faults_are_counted_and_the_first_is_said(pool):
@@ -183,7 +202,7 @@ def test_looking_waits_for_nothing(pool):
     meta = metadata(pool)
     pool.alloc(9)
     with Waits():
-        meta.build([[1, 40], [3, 4], [1, 11]], [1, 2, 4], accepted=[2, 1, 2], prefill=[0, 0, 1])
+        meta.build([[1, 10], [3, 4], [1, 11]], [1, 2, 4], accepted=[2, 1, 2], prefill=[0, 0, 1])
     assert not waits
     with pytest.raises(PoolError):
         pool.check()
