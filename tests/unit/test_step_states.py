@@ -69,7 +69,7 @@ def test_a_prompt_begins_only_in_a_slot_that_is_allocated():
     ):
         with pytest.raises(PoolError, match=error):
             meta.build([slots[0], wrong], [1, 1], prefill=[1, 1], first=[1, 1])
-    with pytest.raises(ArgumentValueError, match=r"slots: found .12, .* in row 0; allowed: 0 to 11"):
+    with pytest.raises(ArgumentValueError, match=r"slots: found .12, .* allowed: 0 to 11"):
         meta.build([12], [1], prefill=[1], first=[1])
     assert torch.equal(whole_memory(meta), before[0])
     assert torch.equal(pool.state(0), before[1])
