@@ -37,7 +37,10 @@ def split_qkv(
     """
     if not isinstance(packed, torch.Tensor):
         raise ArgumentTypeError(f"packed: found {type(packed).__name__}; allowed: a tensor")
-    if num_k_heads < 1 or num_v_heads % num_k_heads:
+    for name, count in (("num_k_heads", num_k_heads), ("num_v_heads", num_v_heads)):
+        if count < 1:
+            fail(name, count, "1 or more")
+    if num_v_heads % num_k_heads:
         fail("num_v_heads", num_v_heads, f"a multiple of num_k_heads, {num_k_heads}")
     ratio, width = num_v_heads // num_k_heads, packed.shape[-1]
     if packing == "interleaved":

@@ -107,9 +107,7 @@ class SsuConfig(KernelConfig, family="ssu"):
         if scaled:
             self.resolve("state_scale_t", "fp32")
         elif self.state_scale_t is not None:
-            self.reject(
-                "state_scale_t", self.state_scale_t, f"None with a {self.state_dtype} state"
-            )
+            self.reject("state_scale_t", self.state_scale_t, f"None with {self.state_dtype} states")
         stochastic = self.rounding == "stochastic"
         if stochastic and self.state_dtype == "fp32":
             self.reject("rounding", "stochastic", "nearest with an fp32 state: nothing is rounded")
@@ -144,5 +142,5 @@ class SsuConfig(KernelConfig, family="ssu"):
             self.reject(name, value, f"{allowed} with algorithm matrix")
         if self.algorithm == "horizontal" and scaled:
             self.reject(
-                "algorithm", "horizontal", f"auto, simple, vertical with a {self.state_dtype} state"
+                "algorithm", "horizontal", f"auto, simple, vertical with {self.state_dtype} states"
             )

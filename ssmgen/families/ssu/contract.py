@@ -275,12 +275,12 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     scaled = dtype_name(tensors["state"].dtype) in SCALED
     if scaled and "state_scale" not in tensors:
         raise ArgumentTypeError(
-            f"state_scale: missing; a {tensors['state'].dtype} state needs one fp32 decode scale "
-            "per (slot, head, row)"
+            f"state_scale: missing; {dtype_name(tensors['state'].dtype)} states need one fp32 "
+            "decode scale per (slot, head, row)"
         )
     if not scaled and "state_scale" in tensors:
         raise ArgumentTypeError(
-            f"state_scale: given with a {tensors['state'].dtype} state; allowed: None"
+            f"state_scale: given with {dtype_name(tensors['state'].dtype)} states; allowed: None"
         )
     allow("state_scale", ("fp32",))
     allow("state_batch_indices", ("int32", "int64"))
