@@ -15,7 +15,8 @@ class Graph:
     """Launches recorded as one CUDA graph, on a stream of their own."""
 
     def __init__(self, launches: Sequence[Callable[[], Any]]) -> None:
-        self._launches = len(launches)
+        # Kept, with the tensors they hold: the graph knows these by their addresses alone.
+        self._launches = tuple(launches)
         self._graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -35,11 +36,11 @@ class Graph:
             self._graph.replay()
             end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1000 / self._launches
+        return start.elapsed_time(end) * 1000 / len(self._launches)
 
     def warm_up(self, milliseconds: float) -> None:
         """Replay for so long, at least once, so that the clocks are up; and wait for the end."""
-        each = self.replay() * self._launches / 1000
+        each = self.replay() * len(self._launches) / 1000
         with torch.cuda.stream(self._stream):
             for _ in range(int(milliseconds / each)):
                 self._graph.replay()

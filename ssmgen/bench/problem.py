@@ -123,12 +123,13 @@ def planned(problem: Problem, function: Function, plan: Plan) -> Launch:
     grid = family.grid(layout.config, plan, layout.batch, layout.nheads)
     early = layout.config.pdl and Arch.detect(function.device).pdl
     launch = KernelLaunch(function, grid, layout.scalars, early)
-    addresses = []
+    tensors = []
     for which in range(problem.sets):
         arguments = problem.arguments(which)
-        addresses.append([arguments[name].data_ptr() for name in layout.tensors])
+        tensors.append([arguments[name] for name in layout.tensors])
+    addresses = [[tensor.data_ptr() for tensor in each] for each in tensors]
 
-    def run(which: int, _keep: Problem = problem) -> None:
+    def run(which: int, _kept: object = (problem, tensors)) -> None:
         launch(current_stream(function.device), *addresses[which])
 
     return run

@@ -33,6 +33,17 @@ def test_a_graph_takes_as_long_as_its_work():
     assert Graph([functools.partial(large.mul_, -1)] * 4).replay() == pytest.approx(many, rel=0.5)
 
 
+def test_a_graph_keeps_what_its_launches_hold():
+    held = torch.ones(2**22, device="cuda")
+    where = held.data_ptr()
+    graph = Graph([functools.partial(torch.neg, held, out=held)])
+    del held
+    others = [torch.ones(2**22, device="cuda") for _ in range(4)]
+    assert where not in [other.data_ptr() for other in others]
+    graph.replay()
+    assert all(other.min() == 1 for other in others)
+
+
 def test_interleaved_times_are_those_of_graphs_alone():
     data = torch.randn(2**26, device="cuda")
     launch = functools.partial(data.mul_, -1)
