@@ -134,7 +134,8 @@ class Conv1d(Family):
             return window * beside + inputs * tokens * own
 
         while registers() > MAX_REGISTERS and (tokens > least or channels > 32):
-            if tokens > least:
+            # A row is to be one block, where a sequence may have any number of chunks.
+            if tokens > least and (config.prefill or channels <= 32 * warps):
                 tokens //= 2
             else:
                 channels //= 2
