@@ -96,7 +96,7 @@ def options(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
         "num_stages": plan.num_stages,
         "maxnreg": plan.maxnreg,
         "launch_pdl": bool(config.pdl and arch.pdl),
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": spec(config.family).fuses,
         "ptx_options": "",
     }
 
