@@ -22,8 +22,8 @@ STEP = {
 }
 
 
-def made(**options):
-    pool = ssmgen.StatePool([MAMBA] * 3, 32, "cuda", **options)
+def made(slots=32, **options):
+    pool = ssmgen.StatePool([MAMBA] * 3, slots, "cuda", **options)
     pool.register("accepted", reset=1, of="request")
     meta = ssmgen.DecodeMetadata(pool, max_rows=8, max_tokens=64, drafts=3)
     rows = [pool.alloc(4, zero=1) for _ in STEP["tokens"]]
@@ -90,7 +90,7 @@ def test_a_step_uploads_once_from_pinned_memory(monkeypatch):
 
 def test_steps_built_ahead_of_the_device_do_not_overwrite_each_other():
     """The host may be many steps ahead: what it uploads must stay until it is copied."""
-    _, meta, _ = made()
+    _, meta, _ = made(slots=64)
     torch.cuda._sleep(int(1e9))
     found = []
     for i in range(50):
@@ -101,7 +101,7 @@ def test_steps_built_ahead_of_the_device_do_not_overwrite_each_other():
 
 
 def test_host_memory_is_filled_again_once_its_upload_is_done():
-    _, meta, _ = made()
+    _, meta, _ = made(slots=64)
     ring = meta._tables._ring
     assert all(staging.memory.is_pinned() for staging in ring._ring)
     torch.cuda._sleep(int(1e9))

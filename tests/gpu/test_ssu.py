@@ -253,7 +253,7 @@ def test_opcheck_passes(state, rounding):
              "state_batch_indices", "dst_state_batch_indices", "rand_seed")  # fmt: skip
     tokens = (None,) * 6
     arguments = (*(call.tensors.get(n) for n in order), *tokens, True, -1, False, 10, "auto", False,
-                 0)  # fmt: skip
+                 0, "fast")  # fmt: skip
     torch.library.opcheck(torch.ops.ssmgen.selective_state_update.default, arguments)
 
 
