@@ -6,15 +6,12 @@ for nothing, so it is safe under CUDA-graph capture.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import struct
+import sys
 from typing import Any
-
-try:  # here: the first `get_kernel` of a process must not pay for it
-    from cuda.bindings import driver as _bindings
-except ImportError:
-    _bindings = None  # type: ignore[assignment]
 
 from .artifact import Artifact
 from .errors import DeviceError
@@ -22,10 +19,21 @@ from .errors import DeviceError
 __all__ = ["Function", "Launch", "enter", "load"]
 
 
+@functools.cache
 def _driver() -> Any:
-    if _bindings is None:
-        raise DeviceError("launcher: the CUDA bindings are missing; pip install 'ssmgen[cuda]'")
-    return _bindings
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DeviceError(
+            "launcher: the CUDA bindings are missing; pip install 'ssmgen[cuda]'"
+        ) from error
+    return driver
+
+
+# A process that has a torch for CUDA will launch: its first `get_kernel` need not wait for this.
+if getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None):
+    with contextlib.suppress(DeviceError):
+        _driver()
 
 
 def _check(result: tuple[Any, ...], what: str) -> Any:

@@ -49,9 +49,7 @@ def test_import_loads_nothing_heavy_and_creates_no_file(tmp_path):
     ],
 )
 def test_the_road_up_to_a_plan_needs_no_torch_triton_or_jinja(code, tmp_path):
-    # The driver's bindings come with `get_kernel`, so that its first call need not load them.
-    allowed = {"cuda"} if "get_kernel" in code else set()
-    assert not modules_after(code, tmp_path) & set(HEAVY) - allowed
+    assert not modules_after(code, tmp_path) & set(HEAVY)
 
 
 def test_every_public_name_is_there_and_no_other():
