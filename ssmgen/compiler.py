@@ -47,6 +47,20 @@ def _scratch() -> str:
     return folder.name
 
 
+def _triton_version() -> str | None:
+    try:
+        triton = importlib.metadata.distribution("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    # `version` parses the whole text as e-mail.
+    _, _, stated = (triton.read_text("METADATA") or "").partition("\nVersion: ")
+    return stated.partition("\n")[0].strip() or triton.version
+
+
+# Found here: the search takes a tenth of what the first `get_kernel` of a process may.
+_INSTALLED = _triton_version()
+
+
 @functools.cache
 def toolchain() -> str | None:
     """Name of the compiler installed here (``triton-3.6.0``); None without one.
@@ -54,13 +68,9 @@ def toolchain() -> str | None:
     Triton's version fixes the ptxas it brings; a ptxas named by the environment is told apart by
     its bytes.
     """
-    try:
-        triton = importlib.metadata.distribution("triton")
-    except importlib.metadata.PackageNotFoundError:
+    if _INSTALLED is None:
         return None
-    # `version` parses the whole text as e-mail, at a fifth of what a first `get_kernel` may cost.
-    _, _, stated = (triton.read_text("METADATA") or "").partition("\nVersion: ")
-    name = f"triton-{stated.partition(chr(10))[0].strip() or triton.version}"
+    name = f"triton-{_INSTALLED}"
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         if path := os.environ.get(variable):
             try:

@@ -17,7 +17,7 @@ from .families import spec
 from .families.base import Layout
 from .launcher import Function, Launch, enter, load
 from .plan import Choice, Plan, dispatch
-from .settings import settings
+from .settings import held, settings
 from .store import find, user_store
 from .template import key
 
@@ -188,15 +188,17 @@ class Kernel:
         launch = self.launch_for(layout)
         device = self._device_of(arguments[layout.tensors[0]])
         tensors = [arguments[name] for name in layout.tensors]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        launch.fill(*(tensor.data_ptr() for tensor in tensors))
+        start = launch.start
         from torch._C import _cuda_getCurrentRawStream as current_stream
+        from torch._C import _cuda_getDevice as current_device
 
-        def bound(_keep: Any = tensors) -> None:
-            if device == torch._C._cuda_getDevice():
-                launch(current_stream(device), *addresses)
+        def bound(_keep: Any = (launch, tensors)) -> None:
+            if device == current_device():
+                start(current_stream(device))
             else:
                 with torch.cuda.device(device):
-                    launch(current_stream(device), *addresses)
+                    start(current_stream(device))
 
         return bound
 
@@ -238,7 +240,7 @@ def get_kernel(
     if kernel is None:
         with _lock:
             gate = _building.setdefault(name, threading.Lock())
-        with gate:
+        with gate, held():
             kernel = _kernels.get(name)
             if kernel is None:
                 kernel = _kernels[name] = Kernel(config, target, device)

@@ -6,9 +6,11 @@ for nothing, so it is safe under CUDA-graph capture.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import struct
+import sys
 from typing import Any
 
 from .artifact import Artifact
@@ -26,6 +28,12 @@ def _driver() -> Any:
             "launcher: the CUDA bindings are missing; pip install 'ssmgen[cuda]'"
         ) from error
     return driver
+
+
+# A process that has a torch for CUDA will launch: its first `get_kernel` need not wait for this.
+if getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None):
+    with contextlib.suppress(DeviceError):
+        _driver()
 
 
 def _check(result: tuple[Any, ...], what: str) -> Any:
@@ -85,7 +93,9 @@ def load(artifact: Artifact, device: int) -> Function:
 class Launch:
     """A function with its grid and integer arguments fixed; only addresses vary.
 
-    One thread's at a time: the parameter block is reused from call to call.
+    ``fill(*addresses)`` sets them, ``start(stream)`` launches with those set last, on the CUDA
+    stream with this handle, and a call does both. One thread's at a time: the parameter block is
+    reused from call to call.
     """
 
     def __init__(
@@ -95,14 +105,17 @@ class Launch:
         count = len(function.arguments) + function.scratch
         pointers = len(function.arguments) - len(scalars)
         self._block = (ctypes.c_int64 * count)(*([0] * pointers), *scalars)
-        start = ctypes.addressof(self._block)
-        self._table = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
-        self._pack = struct.Struct(f"<{pointers}Q").pack_into
+        first = ctypes.addressof(self._block)
+        self._table = (ctypes.c_void_p * count)(*(first + 8 * i for i in range(count)))
+        self.fill = functools.partial(struct.Struct(f"<{pointers}Q").pack_into, self._block, 0)
         self._function = function
-        self.empty = 0 in grid
-        params = ctypes.addressof(self._table)
-        dims = (*grid, function.threads, 1, 1, function.shared)
-        if pdl:
+        handle, params = function.handle, ctypes.addressof(self._table)
+        if 0 in grid:
+
+            def start(stream: int) -> None:
+                pass
+
+        elif pdl:
             config = driver.CUlaunchConfig()
             (config.gridDimX, config.gridDimY, config.gridDimZ) = grid
             (config.blockDimX, config.blockDimY, config.blockDimZ) = function.threads, 1, 1
@@ -115,22 +128,28 @@ class Launch:
             config.attrs = [attribute]
             config.numAttrs = 1
 
-            def start_kernel(stream: int) -> Any:
+            start_dependent = driver.cuLaunchKernelEx
+
+            def start(stream: int) -> None:
                 config.hStream = stream
-                return driver.cuLaunchKernelEx(config, function.handle, params, 0)
+                (result,) = start_dependent(config, handle, params, 0)
+                if result:
+                    raise DeviceError(f"launch: {result.name}")
 
         else:
+            start_kernel = driver.cuLaunchKernel
+            x, y, z = grid
+            threads, shared = function.threads, function.shared
 
-            def start_kernel(stream: int) -> Any:
-                return driver.cuLaunchKernel(function.handle, *dims, stream, params, 0)
+            def start(stream: int) -> None:
+                (result,) = start_kernel(
+                    handle, x, y, z, threads, 1, 1, shared, stream, params, 0
+                )  # fmt: skip
+                if result:
+                    raise DeviceError(f"launch: {result.name}")
 
-        self._start = start_kernel
+        self.start = start
 
     def __call__(self, stream: int, *addresses: int) -> None:
-        """Launch on the CUDA stream with this handle."""
-        if self.empty:
-            return
-        self._pack(self._block, 0, *addresses)
-        (result,) = self._start(stream)
-        if result:
-            raise DeviceError(f"launch: {result.name}")
+        self.fill(*addresses)
+        self.start(stream)

@@ -6,15 +6,18 @@ environment before its first call.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConfigError
 
-__all__ = ["VARIABLES", "Settings", "parse_size", "settings"]
+__all__ = ["VARIABLES", "Settings", "held", "parse_size", "settings"]
 
 log = logging.getLogger("ssmgen")
 
@@ -117,11 +120,26 @@ def _user_store() -> Path | None:
 
 
 _memo: tuple[tuple[str | None, ...], Settings] | None = None
+_held = threading.local()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[Settings]:
+    """The settings now, which for this thread stay the same inside."""
+    outer = getattr(_held, "value", None)
+    _held.value = found = settings()
+    try:
+        yield found
+    finally:
+        _held.value = outer
 
 
 def settings() -> Settings:
     """The settings now; parsed again only when a variable has changed."""
     global _memo
+    found: Settings | None = getattr(_held, "value", None)
+    if found is not None:
+        return found
     stamp = tuple(map(os.environ.get, (*VARIABLES, "XDG_CACHE_HOME", "HOME")))
     memo = _memo
     if memo is None or memo[0] != stamp:

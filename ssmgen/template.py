@@ -73,6 +73,16 @@ def digest(family: str) -> str:
     return total.hexdigest()
 
 
+@functools.lru_cache(maxsize=256)
+def _asked(config: KernelConfig) -> dict[str, Any]:
+    """The factors that are the same for every plan and architecture."""
+    arguments = spec(config.family).arguments(config)
+    return {
+        "config": config.key_fields(),
+        "arguments": [[a.name, a.type, a.align] for a in arguments],
+    }
+
+
 def factors(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
     """All that decides a kernel but the toolchain."""
     family = spec(config.family)
@@ -80,10 +90,9 @@ def factors(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
         "schema": SCHEMA,
         "abi": ABI_VERSION,
         "arch": str(arch),
-        "config": config.key_fields(),
+        **_asked(config),
         "plan": plan.fields(),
         "templates": digest(config.family),
-        "arguments": [[a.name, a.type, a.align] for a in family.arguments(config)],
         "context": dict(family.context(config, plan, arch)),
         "options": options(config, plan, arch),
     }
@@ -96,7 +105,7 @@ def options(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
         "num_stages": plan.num_stages,
         "maxnreg": plan.maxnreg,
         "launch_pdl": bool(config.pdl and arch.pdl),
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": spec(config.family).fuses,
         "ptx_options": "",
     }
 

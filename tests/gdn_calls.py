@@ -145,6 +145,7 @@ def make(
     scale: float | None = None,
     packing: str | None = None,
     lead: int = 0,
+    trail: int = 5,
     order: str = "VK",
     pitch: int = 0,
     offset: int = 0,
@@ -164,10 +165,10 @@ def make(
 ) -> GdnCall:
     """One call. Slots no row reads hold NaN, as do outputs and the buffer.
 
-    `packing`: q, k, v are views of one tensor that starts after `lead` elements, and if interleaved
-    a and b of another. `pitch`: elements between slots; `offset`: those before the first. `dst`: a
-    column, a table, or "source" for the very table of sources. `buffer`: tokens the intermediate
-    buffer has room for, 0: none. `spare`: tokens that belong to no sequence.
+    `packing`: q, k, v are views of one tensor, with `lead` elements before and `trail` after them,
+    and if interleaved a and b of another. `pitch`: elements between slots; `offset`: those before
+    the first. `dst`: a column, a table, or "source" for the very table of sources. `buffer`: tokens
+    the intermediate buffer has room for, 0: none. `spare`: tokens that belong to no sequence.
     """
     gen = torch.Generator().manual_seed(random)
     rows = batch if lengths is None else len(lengths)
@@ -181,7 +182,7 @@ def make(
         q, k, v = randn(count, H, K), randn(count, H, K), randn(count, HV, V)
         q, k, v = q.to(io), k.to(io), v.to(io)
     else:
-        width = 2 * H * K + HV * V + (8 * H if packing == "interleaved" else 5)
+        width = 2 * H * K + HV * V + (8 * H if packing == "interleaved" else trail)
         packed = randn(count, lead + width).to(io)[:, lead:]
         q, k, v = split_qkv(packed, H, HV, K, V, packing)
     own = (K,) if kda else ()
@@ -289,7 +290,7 @@ def expected(call: GdnCall) -> Expected:
 
     heads = v["q"].shape[-2]
     decay = "g" if "g" in v else "a"
-    channels = (k_dim,) if v[decay][..., 0].numel() * k_dim == v[decay].numel() else ()
+    channels = (k_dim,) if v[decay].numel() * heads == v["q"].numel() * value_heads else ()
     inputs = {"q": flat("q", heads, k_dim), "k": flat("k", heads, k_dim),
               "v": flat("v", value_heads, v_dim)}  # fmt: skip
     if "g" in v:

@@ -56,7 +56,7 @@ def agree(
     assert (other_logits - logits).abs().max() <= close
     best = logits.topk(2, dim=-1).values
     clear = best[..., 0] - best[..., 1] > 2 * close
-    assert clear.double().mean() > 0.6
+    assert clear.double().mean() > 0.4
     assert torch.equal(other[clear], tokens[clear])
 
 

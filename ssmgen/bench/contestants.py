@@ -154,6 +154,10 @@ def flashinfer_gdn(problem: Problem) -> Calls:
         raise Missing("flashinfer is measured with K = V = 128")
     if config.many and config.state_dtype != "fp32":
         raise Missing(f"flashinfer has no {config.state_dtype} states for several tokens")
+    # With as many, version 0.7.2 leaves its tensors and takes the CUDA context with it.
+    states = problem.batch * config.ntokens * problem.nheads
+    if states * config.head_k_dim * config.head_v_dim >= 2**31:
+        raise Missing("flashinfer counts the elements of a batch's states with 32 bits")
 
     def take(given: dict[str, Any]) -> dict[str, Any]:
         slots = given["state_batch_indices"]

@@ -60,6 +60,9 @@ class Family(ABC):
     # that models have, the most first.
     sizes: tuple[int, ...] = tuple(2**k for k in range(6, 17))
     heads: tuple[int, ...] = (128, 16)
+    # Whether the compiler may fuse products and sums as it likes. Where it may not, the bits of a
+    # formula do not depend on what stands around it, and ``tl.fma`` says what is fused.
+    fuses: bool = True
 
     @abstractmethod
     def arguments(self, config: KernelConfig) -> tuple[Argument, ...]:

@@ -138,7 +138,7 @@ def gdn_simple(
         beta = sigmoid(b_)
         h *= decay
         delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
-        h += delta[:, None] * k_[None, :]
+        h = tl.fma(delta[:, None], k_[None, :], h)
         o = tl.sum(h * q_[None, :], axis=1)
         o = tl.where(live, o, blank)
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))

@@ -148,7 +148,7 @@ def gdn_simple(
         beta = sigmoid(b_)
         h *= decay[None, :]
         delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
-        h += tl.where((cols < K)[None, :], delta[:, None] * k_[None, :], 0.0)
+        h = tl.where((cols < K)[None, :], tl.fma(delta[:, None], k_[None, :], h), h)
         o = tl.sum(h * q_[None, :], axis=1)
         o = tl.where(live, o, blank)
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))

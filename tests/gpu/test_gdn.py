@@ -13,6 +13,7 @@ from gdn_tolerances import assert_within_fla, assert_within_flashinfer
 from serving import assert_close, assert_same_outputs
 from serving_gdn import Server, exact
 from ssu_calls import digest, moved, raw, same
+from waiting import no_waiting
 
 import ssmgen
 from ssmgen.families import spec
@@ -131,12 +132,11 @@ def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed():
     assert not pool.any()
 
 
-def test_unaligned_views_take_another_variant_and_give_the_same_result():
+def test_unaligned_views_take_another_variant_that_is_right():
     aligned, shifted = (make("bf16", offset=o, pitch=o, **ODD) for o in (0, 1))
     assert {c.layout().config.aligned for c in (aligned, shifted)} == {True, False}
-    a, b = run(aligned), run(shifted)
-    assert same(a["out"], b["out"])
-    assert same(a["state"].contiguous(), b["state"].contiguous())
+    for call in (aligned, shifted):
+        verify(call, run(call))
 
 
 # Tolerances that others publish for their own kernels, with their inputs
@@ -167,7 +167,7 @@ def test_the_adapter_is_within_the_tolerances_of_fla(rule, tokens, sizes, dtype,
 
 
 def test_packed_views_give_the_bits_of_contiguous_tensors():
-    call = make(packing="flat", tokens=2, **QWEN)
+    call = make(packing="flat", tokens=2, trail=8, **QWEN)
     plain = call.copy()
     for name in ("q", "k", "v"):
         plain.tensors[name] = call[name].contiguous()
@@ -198,17 +198,12 @@ def test_a_captured_graph_replays_and_follows_its_tables_and_seed():
         verify(before, moved(call, "cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_op_neither_synchronises_nor_allocates():
     call = moved(make("fp16", "stochastic", tokens=2, **ODD), "cuda")
     ssmgen.gated_delta_rule_decode(**call.arguments())
-    torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         ssmgen.gated_delta_rule_decode(**call.arguments())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 

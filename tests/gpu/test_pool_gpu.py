@@ -6,6 +6,7 @@ import pytest
 import torch
 from serving import assert_close, assert_same_outputs
 from serving_gdn import Server, exact
+from waiting import no_waiting
 
 import ssmgen
 from ssmgen.errors import PoolError
@@ -21,17 +22,8 @@ STEP = {
 }
 
 
-@pytest.fixture
-def no_waiting():
-    """An error for every operation that waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def made(**options):
-    pool = ssmgen.StatePool([MAMBA] * 3, 32, "cuda", **options)
+def made(slots=32, **options):
+    pool = ssmgen.StatePool([MAMBA] * 3, slots, "cuda", **options)
     pool.register("accepted", reset=1, of="request")
     meta = ssmgen.DecodeMetadata(pool, max_rows=8, max_tokens=64, drafts=3)
     rows = [pool.alloc(4, zero=1) for _ in STEP["tokens"]]
@@ -41,34 +33,33 @@ def made(**options):
 
 @pytest.mark.parametrize("debug", ["0", "1"])
 @pytest.mark.parametrize("counts", ["host", "table"])
-def test_no_call_waits_for_the_device(monkeypatch, request, debug, counts):
+def test_no_call_waits_for_the_device(monkeypatch, debug, counts):
     monkeypatch.setenv("SSMGEN_DEBUG", debug)
     pool, meta, rows = made()
     saved = pool.alloc(4)
     meta.build(rows, **STEP, track=saved)
     sampled = torch.tensor([1, 2, 1, 1], device="cuda")
-    request.getfixturevalue("no_waiting")
     x = torch.zeros(64, 5, device="cuda")
     step = STEP if counts == "host" else STEP | {"accepted": pool.table("accepted")}
-    for _ in range(3):
-        meta.build(rows, **step, track=saved, plain_rows=4, verify_rows=4)
-        for layer in range(3):
-            assert pool.state(layer).is_cuda
-            for part in (meta.plain, meta.verify, meta.prefill):
-                assert part.recurrent
-                assert part.conv(pool.conv(layer))
-                part.put(x, part.take(x))
-        pool.table("accepted").index_copy_(0, meta.first_slots, sampled.int())
-        meta.checkpoint(sampled)
-        meta.checkpoint([1, 2, 1, 1])
-    host = pool.offload(saved)
-    pool.free(saved)
-    saved = pool.reload(host)
-    twin = pool.fork(saved)
-    pool.copy(saved, twin)
-    pool.free(twin)
-    pool.resize(40)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        for _ in range(3):
+            meta.build(rows, **step, track=saved, plain_rows=4, verify_rows=4)
+            for layer in range(3):
+                assert pool.state(layer).is_cuda
+                for part in (meta.plain, meta.verify, meta.prefill):
+                    assert part.recurrent
+                    assert part.conv(pool.conv(layer))
+                    part.put(x, part.take(x))
+            pool.table("accepted").index_copy_(0, meta.first_slots, sampled.int())
+            meta.checkpoint(sampled)
+            meta.checkpoint([1, 2, 1, 1])
+        host = pool.offload(saved)
+        pool.free(saved)
+        saved = pool.reload(host)
+        twin = pool.fork(saved)
+        pool.copy(saved, twin)
+        pool.free(twin)
+        pool.resize(40)
     assert pool.check() == (0 if debug == "0" else 5)
 
 
@@ -99,7 +90,7 @@ def test_a_step_uploads_once_from_pinned_memory(monkeypatch):
 
 def test_steps_built_ahead_of_the_device_do_not_overwrite_each_other():
     """The host may be many steps ahead: what it uploads must stay until it is copied."""
-    _, meta, _ = made()
+    _, meta, _ = made(slots=64)
     torch.cuda._sleep(int(1e9))
     found = []
     for i in range(50):
@@ -110,7 +101,7 @@ def test_steps_built_ahead_of_the_device_do_not_overwrite_each_other():
 
 
 def test_host_memory_is_filled_again_once_its_upload_is_done():
-    _, meta, _ = made()
+    _, meta, _ = made(slots=64)
     ring = meta._tables._ring
     assert all(staging.memory.is_pinned() for staging in ring._ring)
     torch.cuda._sleep(int(1e9))
@@ -124,15 +115,14 @@ def test_host_memory_is_filled_again_once_its_upload_is_done():
     assert len(ring) == ahead
 
 
-def test_prompts_that_begin_are_zeroed_in_all_layers(request):
+def test_prompts_that_begin_are_zeroed_in_all_layers():
     pool, meta, _ = made()
     slots = pool.alloc(6)
     for layer in range(3):
         pool.state(layer).fill_(3)
         pool.conv(layer).fill_(3)
-    request.getfixturevalue("no_waiting")
-    meta.build(slots, [2] * 6, prefill=[True] * 6, first=[True, False] * 3)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        meta.build(slots, [2] * 6, prefill=[True] * 6, first=[True, False] * 3)
     for layer in range(3):
         for view in (pool.state(layer), pool.conv(layer)):
             assert not view[slots[::2]].any()

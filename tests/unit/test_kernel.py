@@ -158,6 +158,9 @@ def test_what_is_no_config_is_refused(config):
 
 
 def test_with_triton_told_to_interpret_nothing_is_compiled(store_dir, monkeypatch):
+    # Imported while this is set, Triton could not compile again in this process.
+    import triton.language  # noqa: F401
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(CompileError, match="TRITON_INTERPRET is set"):
         get_kernel(KernelConfig(**SMALL), arch="sm_90")

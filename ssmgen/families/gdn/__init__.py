@@ -20,6 +20,7 @@ REFERENCE_K, REFERENCE_V = 128, 128
 
 class Gdn(Family):
     name = "gdn"
+    fuses = False  # T tokens in one call have the bits of T calls
 
     def arguments(self, config: GdnConfig) -> tuple[Argument, ...]:  # type: ignore[override]
         align = 16 if config.aligned else 1
