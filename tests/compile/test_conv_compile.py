@@ -14,7 +14,7 @@ from ssmgen.template import key
 
 NO_PDL = {"sm_80", "sm_86", "sm_89"}
 # Eight warps, two a scheduler, must fit the registers of an SM beside those of another program.
-MOST = {"one": 128, "many": 200, "prefill": 255}
+MOST = {"one": 128, "many": 168, "prefill": 255}
 
 PREFILL = {"many": True, "prefill": True, "seqlens_dtype": "int32", "has_initial": True}
 FORMS = {
@@ -54,12 +54,27 @@ class Compiled:
         self.form = "prefill" if config.prefill else "many" if config.many else "one"
 
     def count(self, kind, wide=False, ptx=None):
-        vector = r"\.(v4\.b32|v2\.b64)" if wide else ""
-        return len(re.findall(rf"\b{kind}\.global[.\w:]*{vector}\s", ptx or self.ptx))
+        """Loads or stores; wide ones move 16 bytes, or all that a thread has of a token."""
+        vector = {16: r"\.(v4\.b32|v2\.b64)", 8: r"\.(v2\.b32|b64)", 4: r"\.b32"}[self.bytes]
+        return len(
+            re.findall(rf"\b{kind}\.global[.\w:]*{vector if wide else ''}\s", ptx or self.ptx)
+        )
+
+    @property
+    def bytes(self):
+        """What one instruction can move for a thread of a token's channels."""
+        each = self.plan.block_n * ITEMSIZE[self.config.dtype] // (32 * self.plan.num_warps)
+        return min(16, each * (self.plan.block_m if self.config.prefill else 1))
 
     def vectors(self, dtype, elements):
-        """16-byte vectors of a thread that holds its share of so many elements."""
-        return elements * ITEMSIZE[dtype] // (16 * 32 * self.plan.num_warps)
+        """16-byte vectors of a thread that holds its share of so many elements; at least one."""
+        return max(1, elements * ITEMSIZE[dtype] // (16 * 32 * self.plan.num_warps))
+
+    @property
+    def turns(self):
+        """How often x is read: in a chunk under each tap, in rows before the loop and in it."""
+        config = self.config
+        return config.width if config.prefill else 2 if config.many else 1
 
 
 def compiled(arch="sm_90", smallest=False, **fields):
@@ -111,9 +126,9 @@ def test_aligned_kernels_move_16_bytes_a_time(form, arch):
     found = compiled(arch, **FORMS[form], has_bias=True)
     config, plan = found.config, found.plan
     one = found.vectors("bf16", plan.block_m * plan.block_n)
-    channel = max(1, found.vectors("bf16", plan.block_n))
-    # x once under each tap where there are several tokens, the taps as one word, the window.
-    loads = one * (config.width if config.many else 1) + 4 * found.vectors("bf16", plan.block_n)
+    channel = found.vectors("bf16", plan.block_n)
+    # x, the taps as one word, the window.
+    loads = one * found.turns + found.vectors("bf16", plan.block_n * config.width)
     if not config.prefill:
         loads += channel * (config.width - 1)
     assert found.count("ld", wide=True) >= loads
@@ -138,7 +153,7 @@ def test_windows_of_columns_side_by_side_leave_x_and_out_their_vectors(form):
     found = compiled(**FORMS[form], packed_channels=False)
     assert found.manifest["spills"] == 0
     vectors = found.vectors("bf16", found.plan.block_m * found.plan.block_n)
-    assert found.count("ld", wide=True) >= vectors * (4 if found.config.many else 1)
+    assert found.count("ld", wide=True) >= vectors * found.turns
     assert found.count("st", wide=True) >= vectors
 
 
@@ -149,11 +164,12 @@ def test_window_and_taps_are_loaded_before_the_dependency_wait(form, smallest):
     before, after = found.ptx.split("griddepcontrol.wait", 1)
     assert "griddepcontrol.launch_dependents" in after.split("ld.global")[0]
     channel = found.vectors("bf16", found.plan.block_n)
-    assert found.count("ld", wide=True, ptx=before) >= channel * (3 + 4 + 1)
-    # x, which the kernel ahead writes, is read after it; nothing is written before.
-    later = found.config.width if found.config.many else 1
-    tile = found.vectors("bf16", found.plan.block_m * found.plan.block_n)
-    assert found.count("ld", wide=True, ptx=after) >= later * tile
+    taps = found.vectors("bf16", found.plan.block_n * found.config.width)
+    tables = 1 + bool(found.config.accepted_dtype) + 2 * bool(found.config.seqlens_dtype)
+    assert found.count("ld", ptx=before) >= tables + channel * (3 + 1) + taps
+    # x, which the kernel ahead writes, is all that is read after it; nothing is written before.
+    tokens = found.plan.block_m if found.config.many else 1
+    assert found.count("ld", ptx=after) == found.turns * tokens * channel
     assert "st.global" not in before
     assert "st.global" in after
 
@@ -167,13 +183,16 @@ def test_a_barrier_stands_between_the_reads_of_a_window_and_its_writes(form, pac
     found = compiled(**FORMS[form], packed_channels=packed)
     before, after = found.ttgir.split("gpu.barrier")
     config = found.config
-    several = config.many
-    shifted = config.prefill or not (config.accepted_dtype or config.counts_dtype)
-    # Of one token a row, all is read before; of several, x is read after, the window never.
-    inputs = (0 if config.prefill else config.width) + shifted * config.depth
-    assert len(re.findall("tt.load", after)) == (inputs if several else 0)
-    # Only out is stored before, or in the same loop after.
-    assert len(re.findall("tt.store", before)) == (0 if several else 1)
+    # Of inputs, some are read after it: the last ones of a chunk, and all but a row's first block.
+    inputs = config.depth if config.prefill else found.plan.block_m if config.many else 0
+    assert len(re.findall("tt.load", after)) == inputs
+    assert "tt.store" not in before
+    assert "tt.store" in after
+    # Computed is behind it, and of rows behind a branch as well: ptxas would rather put a sum
+    # between two loads, and so wait twice.
+    assert "math.fma" not in before
+    if found.form == "many":
+        assert "math.fma" not in after.split("scf.if")[0].split("cf.cond_br")[0]
 
 
 @pytest.mark.parametrize(

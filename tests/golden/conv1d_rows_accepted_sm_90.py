@@ -54,53 +54,106 @@ def conv1d_simple(
     sound |= ~live
     live = live & sound & (length > 0)
 
-    window = conv_state + slot * state_slot_stride + channels
-    oldest = window + column * state_column_stride
-    ours = inside & live
-    h0 = tl.load(oldest, mask=ours, other=0.0)
-    h1 = tl.load(oldest + state_column_stride, mask=ours, other=0.0)
-    h2 = tl.load(oldest + 2 * state_column_stride, mask=ours, other=0.0)
     # The taps of a channel are one word.
     words = tl.load(weight.to(tl.pointer_type(tl.int64)) + channels, mask=inside, other=0)
     w0 = words.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     w1 = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     w2 = (words >> 32).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     w3 = (words >> 48).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
-
     x_row = x + begin * x_token_stride + channels
-    out_row = out + begin * out_token_stride + channels
+    x0 = tl.load(x_row, mask=inside & (length > 0), other=0.0)
+    more1 = length > 1
+    x1 = tl.load(x_row + x_token_stride, mask=inside & more1, other=0.0)
+    more2 = length > 2
+    x2 = tl.load(x_row + 2 * x_token_stride, mask=inside & more2, other=0.0)
+    more3 = length > 3
+    x3 = tl.load(x_row + 3 * x_token_stride, mask=inside & more3, other=0.0)
+    window = conv_state + slot * state_slot_stride + channels
+    oldest = window + column * state_column_stride
+    ours = inside & live
+    h0 = tl.load(oldest, mask=ours, other=0.0)
+    h1 = tl.load(oldest + state_column_stride, mask=ours, other=0.0)
+    h2 = tl.load(oldest + 2 * state_column_stride, mask=ours, other=0.0)
+    w0 = tl.where(sound, w0, float("nan"))
+
     # The threads that write a column need not be those that have read it.
     tl.debug_barrier()
-    tl.store(window, h1, mask=ours)
-    tl.store(window + state_column_stride, h2, mask=ours)
-    for first in tl.range(0, length, 4):
-        at = first + tl.arange(0, 4)
-        there = ((at >= 3) & (at < length))[:, None] & inside[None, :]
-        place = x_row[None, :] + (at - 3)[:, None] * x_token_stride
-        x0 = tl.load(place, mask=there, other=0.0)
-        there = ((at >= 2) & (at < length))[:, None] & inside[None, :]
-        place = x_row[None, :] + (at - 2)[:, None] * x_token_stride
-        x1 = tl.load(place, mask=there, other=0.0)
-        there = ((at >= 1) & (at < length))[:, None] & inside[None, :]
-        place = x_row[None, :] + (at - 1)[:, None] * x_token_stride
-        x2 = tl.load(place, mask=there, other=0.0)
-        there = (at < length)[:, None] & inside[None, :]
-        place = x_row[None, :] + at[:, None] * x_token_stride
-        x3 = tl.load(place, mask=there, other=0.0)
-        place = window[None, :] + (at + 2)[:, None] * state_column_stride
-        kept_here = (at < length)[:, None] & ours[None, :]
-        tl.store(place, x3, mask=kept_here)
-        x0 = tl.where((at == 0)[:, None], h0[None, :], x0)
-        x0 = tl.where((at == 1)[:, None], h1[None, :], x0)
-        x0 = tl.where((at == 2)[:, None], h2[None, :], x0)
-        x1 = tl.where((at == 0)[:, None], h1[None, :], x1)
-        x1 = tl.where((at == 1)[:, None], h2[None, :], x1)
-        x2 = tl.where((at == 0)[:, None], h2[None, :], x2)
-        y = w0[None, :] * x0.to(tl.float32)
-        y = tl.fma(w1[None, :], x1.to(tl.float32), y)
-        y = tl.fma(w2[None, :], x2.to(tl.float32), y)
-        y = tl.fma(w3[None, :], x3.to(tl.float32), y)
+    # A branch, so that nothing is computed before all of this has been asked for.
+    if length > 0:
+        tl.store(window, h1, mask=ours)
+        tl.store(window + state_column_stride, h2, mask=ours)
+        out_row = out + begin * out_token_stride + channels
+        place = window + 2 * state_column_stride
+        tl.store(place, x0, mask=ours)
+        y = w0 * h0.to(tl.float32)
+        y = tl.fma(w1, h1.to(tl.float32), y)
+        y = tl.fma(w2, h2.to(tl.float32), y)
+        y = tl.fma(w3, x0.to(tl.float32), y)
         y = silu(y)
-        y = tl.where(sound, y, float("nan"))
-        place = out_row[None, :] + at[:, None] * out_token_stride
-        tl.store(place, y.to(tl.bfloat16), mask=there)
+        tl.store(out_row, y.to(tl.bfloat16), mask=inside)
+        tl.store(place + state_column_stride, x1, mask=ours & more1)
+        y = w0 * h1.to(tl.float32)
+        y = tl.fma(w1, h2.to(tl.float32), y)
+        y = tl.fma(w2, x0.to(tl.float32), y)
+        y = tl.fma(w3, x1.to(tl.float32), y)
+        y = silu(y)
+        tl.store(out_row + out_token_stride, y.to(tl.bfloat16), mask=inside & more1)
+        tl.store(place + 2 * state_column_stride, x2, mask=ours & more2)
+        y = w0 * h2.to(tl.float32)
+        y = tl.fma(w1, x0.to(tl.float32), y)
+        y = tl.fma(w2, x1.to(tl.float32), y)
+        y = tl.fma(w3, x2.to(tl.float32), y)
+        y = silu(y)
+        tl.store(out_row + 2 * out_token_stride, y.to(tl.bfloat16), mask=inside & more2)
+        tl.store(place + 3 * state_column_stride, x3, mask=ours & more3)
+        y = w0 * x0.to(tl.float32)
+        y = tl.fma(w1, x1.to(tl.float32), y)
+        y = tl.fma(w2, x2.to(tl.float32), y)
+        y = tl.fma(w3, x3.to(tl.float32), y)
+        y = silu(y)
+        tl.store(out_row + 3 * out_token_stride, y.to(tl.bfloat16), mask=inside & more3)
+        h0 = x1
+        h1 = x2
+        h2 = x3
+        for first in tl.range(4, length, 4):
+            x_block = x_row + first * x_token_stride
+            x0 = tl.load(x_block, mask=inside, other=0.0)
+            more1 = first + 1 < length
+            x1 = tl.load(x_block + x_token_stride, mask=inside & more1, other=0.0)
+            more2 = first + 2 < length
+            x2 = tl.load(x_block + 2 * x_token_stride, mask=inside & more2, other=0.0)
+            more3 = first + 3 < length
+            x3 = tl.load(x_block + 3 * x_token_stride, mask=inside & more3, other=0.0)
+            out_block = out_row + first * out_token_stride
+            place = window + (first + 2) * state_column_stride
+            tl.store(place, x0, mask=ours)
+            y = w0 * h0.to(tl.float32)
+            y = tl.fma(w1, h1.to(tl.float32), y)
+            y = tl.fma(w2, h2.to(tl.float32), y)
+            y = tl.fma(w3, x0.to(tl.float32), y)
+            y = silu(y)
+            tl.store(out_block, y.to(tl.bfloat16), mask=inside)
+            tl.store(place + state_column_stride, x1, mask=ours & more1)
+            y = w0 * h1.to(tl.float32)
+            y = tl.fma(w1, h2.to(tl.float32), y)
+            y = tl.fma(w2, x0.to(tl.float32), y)
+            y = tl.fma(w3, x1.to(tl.float32), y)
+            y = silu(y)
+            tl.store(out_block + out_token_stride, y.to(tl.bfloat16), mask=inside & more1)
+            tl.store(place + 2 * state_column_stride, x2, mask=ours & more2)
+            y = w0 * h2.to(tl.float32)
+            y = tl.fma(w1, x0.to(tl.float32), y)
+            y = tl.fma(w2, x1.to(tl.float32), y)
+            y = tl.fma(w3, x2.to(tl.float32), y)
+            y = silu(y)
+            tl.store(out_block + 2 * out_token_stride, y.to(tl.bfloat16), mask=inside & more2)
+            tl.store(place + 3 * state_column_stride, x3, mask=ours & more3)
+            y = w0 * x0.to(tl.float32)
+            y = tl.fma(w1, x1.to(tl.float32), y)
+            y = tl.fma(w2, x2.to(tl.float32), y)
+            y = tl.fma(w3, x3.to(tl.float32), y)
+            y = silu(y)
+            tl.store(out_block + 3 * out_token_stride, y.to(tl.bfloat16), mask=inside & more3)
+            h0 = x1
+            h1 = x2
+            h2 = x3

@@ -40,11 +40,6 @@ def conv1d_simple(
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
     live = (slot >= 0) & (slot != pad_slot_id)
 
-    window = conv_state + slot * state_slot_stride + channels
-    ours = inside & live
-    h0 = tl.load(window, mask=ours, other=0.0)
-    h1 = tl.load(window + state_column_stride, mask=ours, other=0.0)
-    h2 = tl.load(window + 2 * state_column_stride, mask=ours, other=0.0)
     # The taps of a channel are one word.
     words = tl.load(weight.to(tl.pointer_type(tl.int64)) + channels, mask=inside, other=0)
     w0 = words.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
@@ -53,11 +48,22 @@ def conv1d_simple(
     w3 = (words >> 48).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
     bias_ = tl.load(bias + channels, mask=inside, other=0.0)
     bias_ = bias_.to(tl.float32)
+    window = conv_state + slot * state_slot_stride + channels
+    ours = inside & live
+    h0 = tl.load(window, mask=ours, other=0.0)
+    h1 = tl.load(window + state_column_stride, mask=ours, other=0.0)
+    h2 = tl.load(window + 2 * state_column_stride, mask=ours, other=0.0)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-
     x_row = x + row * x_row_stride + channels
     x_ = tl.load(x_row, mask=inside, other=0.0)
+
+    # The threads that write a column need not be those that have read it.
+    tl.debug_barrier()
+    tl.store(window, h1, mask=ours)
+    tl.store(window + state_column_stride, h2, mask=ours)
+    tl.store(window + 2 * state_column_stride, x_, mask=ours)
+
     y = tl.fma(w0, h0.to(tl.float32), bias_)
     y = tl.fma(w1, h1.to(tl.float32), y)
     y = tl.fma(w2, h2.to(tl.float32), y)
@@ -65,9 +71,3 @@ def conv1d_simple(
     y = silu(y)
     out_row = out + row * out_row_stride + channels
     tl.store(out_row, y.to(tl.bfloat16), mask=inside)
-
-    # The threads that write a column need not be those that have read it.
-    tl.debug_barrier()
-    tl.store(window, h1, mask=ours)
-    tl.store(window + state_column_stride, h2, mask=ours)
-    tl.store(window + 2 * state_column_stride, x_, mask=ours)

@@ -116,21 +116,26 @@ class Conv1d(Family):
         least = 8 if config.prefill else 1  # the first chunk of a sequence needs all of its past
         tokens, channels = max(least, plan.block_m) if config.many else 1, plan.block_n
         vector = 16 // ITEMSIZE[config.dtype]
+        # Only of a chunk are tokens shared out among threads too.
+        spread = (tokens if config.prefill else 1) * channels
         # A thread below one 16-byte vector only adds idle lanes.
-        warps = max(1, min(plan.num_warps, tokens * channels // (32 * vector)))
+        warps = max(1, min(plan.num_warps, spread // (32 * vector)))
 
         def registers() -> float:
-            """Of a thread, roughly: taps and window of its channels, its inputs under each tap."""
+            """Of a thread, roughly: taps and window of its channels, and its inputs, in a chunk
+            under each tap."""
             words = ITEMSIZE[str(config.state_dtype)] / 4
             window = config.width + words * config.depth  # type: ignore[operator]
-            inputs = words * (config.width - 1) + (2 if config.aligned else 7)
+            inputs = words * (config.width - 1) if config.prefill else 0
+            inputs += 2 if config.aligned else 7
             own = channels / 32 / warps
             # Beside a tile every warp has the vectors of all its channels.
-            beside = min(max(own, vector), channels / 32) if config.many else own
+            beside = min(max(own, vector), channels / 32) if config.prefill else own
             return window * beside + inputs * tokens * own
 
         while registers() > MAX_REGISTERS and (tokens > least or channels > 32):
-            if tokens > least:
+            # A row is to be one block, where a sequence may have any number of chunks.
+            if tokens > least and (config.prefill or channels <= 32 * warps):
                 tokens //= 2
             else:
                 channels //= 2
@@ -141,8 +146,8 @@ class Conv1d(Family):
 
         return [
             Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
-            for tokens in ((1, 2, 4, 8, 16, 32) if config.many else (1,))
-            for channels in (64, 128, 256, 512, 1024, 2048)
+            for tokens in ((8, 16, 32) if config.prefill else (1, 2, 4, 8) if config.many else (1,))
+            for channels in (32, 64, 128, 256, 512, 1024, 2048)
             for warps in (1, 2, 4, 8)
         ]
 
@@ -151,11 +156,12 @@ class Conv1d(Family):
         values = plan.block_m * plan.block_n
         each = values / (32 * plan.num_warps)
         state = ITEMSIZE[str(config.state_dtype)] * (config.depth or 0)
+        held = each if config.prefill else plan.block_n / (32 * plan.num_warps)
         return Work(
             programs=1 / values,
             warps=plan.num_warps,
             bytes=2 * ITEMSIZE[config.dtype] + 2 * state / plan.block_m,
-            registers=min(255, 24 + each * config.width),
+            registers=min(255, 24 + held * config.width + (each if config.many else 0)),
             prologue=60,
             instructions=each * (8 + 3 * config.width),
         )
