@@ -98,8 +98,10 @@ def gdn_simple(
     b_head = b + batch * b_row_stride + head * b_head_stride
     out_rows = out + batch * out_row_stride + head * out_head_stride + first
 
-    q_ = tl.load(q_head + cols).to(tl.float32)
-    k_ = tl.load(k_head + cols).to(tl.float32)
+    q_at = q_head + cols
+    q_ = tl.load(q_at).to(tl.float32)
+    k_at = k_head + cols
+    k_ = tl.load(k_at).to(tl.float32)
     v_ = tl.load(v_rows + rows).to(tl.float32)
     a_ = tl.load(a_head).to(tl.float32)
     b_ = tl.load(b_head).to(tl.float32)

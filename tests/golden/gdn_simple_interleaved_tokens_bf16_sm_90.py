@@ -125,12 +125,27 @@ def gdn_simple(
     out_rows = out + batch * out_row_stride + head * out_head_stride + first
     dst_row = dst_slots + batch * dst_slots_stride
 
+    q_at = q_head + cols
+    q_next = tl.load(q_at)
+    k_at = k_head + cols
+    k_next = tl.load(k_at)
+    v_next = tl.load(v_rows + rows)
+    a_next = tl.load(a_head)
+    b_next = tl.load(b_head)
     for token in tl.range(4):
-        q_ = tl.load(q_head + token * q_token_stride + cols).to(tl.float32)
-        k_ = tl.load(k_head + token * k_token_stride + cols).to(tl.float32)
-        v_ = tl.load(v_rows + token * v_token_stride + rows).to(tl.float32)
-        a_ = tl.load(a_head + token * a_token_stride).to(tl.float32)
-        b_ = tl.load(b_head + token * b_token_stride).to(tl.float32)
+        q_ = q_next.to(tl.float32)
+        k_ = k_next.to(tl.float32)
+        v_ = v_next.to(tl.float32)
+        a_ = a_next.to(tl.float32)
+        b_ = b_next.to(tl.float32)
+        upcoming = tl.minimum(token + 1, 3)
+        q_at = q_head + upcoming * q_token_stride + cols
+        q_next = tl.load(q_at)
+        k_at = k_head + upcoming * k_token_stride + cols
+        k_next = tl.load(k_at)
+        v_next = tl.load(v_rows + upcoming * v_token_stride + rows)
+        a_next = tl.load(a_head + upcoming * a_token_stride)
+        b_next = tl.load(b_head + upcoming * b_token_stride)
         q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
         k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
         a_ += bias

@@ -130,15 +130,29 @@ def gdn_simple(
     out_rows = out + begin * out_token_stride + head * out_head_stride + first
     seed_ = tl.load(seed).to(tl.uint64)
 
+    q_at = q_head + cols
+    q_next = tl.load(q_at, mask=(length > 0) & (cols < K), other=0.0)
+    k_at = k_head + cols
+    k_next = tl.load(k_at, mask=(length > 0) & (cols < K), other=0.0)
+    v_next = tl.load(v_rows + rows, mask=length > 0, other=0.0)
+    a_at = a_head + cols * a_channel_stride
+    a_next = tl.load(a_at, mask=(length > 0) & (cols < K), other=0.0)
+    b_next = tl.load(b_head, mask=length > 0, other=0.0)
     for token in tl.range(length):
-        q_at = q_head + token * q_token_stride + cols
-        q_ = tl.load(q_at, mask=cols < K, other=0.0).to(tl.float32)
-        k_at = k_head + token * k_token_stride + cols
-        k_ = tl.load(k_at, mask=cols < K, other=0.0).to(tl.float32)
-        v_ = tl.load(v_rows + token * v_token_stride + rows).to(tl.float32)
-        a_at = a_head + token * a_token_stride + cols * a_channel_stride
-        a_ = tl.load(a_at, mask=cols < K, other=0.0).to(tl.float32)
-        b_ = tl.load(b_head + token * b_token_stride).to(tl.float32)
+        q_ = q_next.to(tl.float32)
+        k_ = k_next.to(tl.float32)
+        v_ = v_next.to(tl.float32)
+        a_ = a_next.to(tl.float32)
+        b_ = b_next.to(tl.float32)
+        upcoming = tl.minimum(token + 1, length - 1)
+        q_at = q_head + upcoming * q_token_stride + cols
+        q_next = tl.load(q_at, mask=cols < K, other=0.0)
+        k_at = k_head + upcoming * k_token_stride + cols
+        k_next = tl.load(k_at, mask=cols < K, other=0.0)
+        v_next = tl.load(v_rows + upcoming * v_token_stride + rows)
+        a_at = a_head + upcoming * a_token_stride + cols * a_channel_stride
+        a_next = tl.load(a_at, mask=cols < K, other=0.0)
+        b_next = tl.load(b_head + upcoming * b_token_stride)
         q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
         k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
         a_ += bias

@@ -198,26 +198,26 @@ def ssu_simple(
                     passed = above
                     above = tl.load(parents_row + passed).to(tl.int32)
                 dt_ = tl.load(dt_head + passed * dt_token_stride).to(tl.float32)
-                dt_ += bias_
-                dt_ = softplus(dt_)
-                decay = tl.exp(A_ * dt_)
                 B_token = B_group + passed * B_token_stride
                 B_ = tl.load(B_token + cols).to(tl.float32)
                 x_ = tl.load(x_rows + passed * x_token_stride + rows).to(tl.float32)
+                dt_ += bias_
+                dt_ = softplus(dt_)
+                decay = tl.exp(A_ * dt_)
                 h *= decay
                 h += (x_ * dt_)[:, None] * B_[None, :]
                 reached = passed
         dt_ = tl.load(dt_head + token * dt_token_stride).to(tl.float32)
-        dt_ += bias_
-        dt_ = softplus(dt_)
-        decay = tl.exp(A_ * dt_)
         B_token = B_group + token * B_token_stride
         B_ = tl.load(B_token + cols).to(tl.float32)
         x_ = tl.load(x_rows + token * x_token_stride + rows).to(tl.float32)
-        h *= decay
-        h += (x_ * dt_)[:, None] * B_[None, :]
         C_token = C_group + token * C_token_stride
         C_ = tl.load(C_token + cols).to(tl.float32)
+        dt_ += bias_
+        dt_ = softplus(dt_)
+        decay = tl.exp(A_ * dt_)
+        h *= decay
+        h += (x_ * dt_)[:, None] * B_[None, :]
         y = tl.sum(h * C_[None, :], axis=1)
         y += x_ * D_
         tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))

@@ -109,22 +109,31 @@ def ssu_simple(
     z_rows = z + batch * z_row_stride + head * z_head_stride + first
 
     h = stored.to(tl.float32)
+    dt_next = tl.load(dt_head)
+    B_next = tl.load(B_group + cols)
+    C_next = tl.load(C_group + cols)
+    x_next = tl.load(x_rows + rows)
+    z_next = tl.load(z_rows + rows)
     for token in tl.range(6):
-        dt_ = tl.load(dt_head + token * dt_token_stride).to(tl.float32)
+        dt_ = dt_next.to(tl.float32)
+        B_ = B_next.to(tl.float32)
+        C_ = C_next.to(tl.float32)
+        x_ = x_next.to(tl.float32)
+        z_ = z_next.to(tl.float32)
+        upcoming = tl.minimum(token + 1, 5)
+        dt_next = tl.load(dt_head + upcoming * dt_token_stride)
+        B_next = tl.load(B_group + upcoming * B_token_stride + cols)
+        C_next = tl.load(C_group + upcoming * C_token_stride + cols)
+        x_next = tl.load(x_rows + upcoming * x_token_stride + rows)
+        z_next = tl.load(z_rows + upcoming * z_token_stride + rows)
         dt_ += bias_
         dt_ = softplus(dt_)
         decay = tl.exp(A_ * dt_)
-        B_token = B_group + token * B_token_stride
-        B_ = tl.load(B_token + cols).to(tl.float32)
-        x_ = tl.load(x_rows + token * x_token_stride + rows).to(tl.float32)
         h *= decay
         h += (x_ * dt_)[:, None] * B_[None, :]
-        C_token = C_group + token * C_token_stride
-        C_ = tl.load(C_token + cols).to(tl.float32)
         y = tl.sum(h * C_[None, :], axis=1)
         y += x_ * D_
-        z_ = tl.load(z_rows + token * z_token_stride + rows)
-        y *= silu(z_.to(tl.float32))
+        y *= silu(z_)
         tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))
         new = h.to(tl.bfloat16)
         tile = entry_pool + first * DSTATE + token * buffer_token_stride
