@@ -6,7 +6,6 @@ a table is written for the family's reference shape; the family fits it to the c
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,7 @@ class Plan:
 
     def fields(self) -> dict[str, Any]:
         """Every field by name."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __str__(self) -> str:
         text = f"{self.algorithm} {self.block_m}x{self.block_n} warps={self.num_warps}"

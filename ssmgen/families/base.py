@@ -58,7 +58,7 @@ class Family(ABC):
     name: str
     # Problem sizes (batch x heads, of the reference shape) at which plans are compared, and heads
     # that models have, the most first.
-    sizes: tuple[int, ...] = tuple(2**k for k in range(6, 17))
+    sizes: tuple[int, ...] = (16, *(2**k for k in range(6, 17)))
     heads: tuple[int, ...] = (128, 16)
     # Whether the compiler may fuse products and sums as it likes. Where it may not, the bits of a
     # formula do not depend on what stands around it, and ``tl.fma`` says what is fused.

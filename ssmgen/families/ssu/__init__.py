@@ -126,11 +126,11 @@ class Ssu(Family):
         if config.philox_rounds not in (0, 10):
             keys.insert(0, f"{key}.{config.philox_rounds}")
         if config.many:
-            tokens = next((n for n in (2, 8, 16) if config.ntokens <= n), "more")
+            fitting = [str(n) for n in (2, 4, 8, 16) if config.ntokens <= n][:2] or ["more"]
             form = "many"
             if config.outside_matrix() or config.algorithm == "simple":
                 form = "each" if config.has_intermediate else "loop"
-            keys = [f"{k}.{form}.{tokens}" for k in keys]
+            keys = [f"{k}.{form}.{tokens}" for tokens in fitting for k in keys]
         if config.pdl:
             keys = [f"{k}.pdl" for k in keys] + keys
         if (config.dim, config.dstate, config.tie_hdim) != (REFERENCE_DIM, REFERENCE_DSTATE, True):

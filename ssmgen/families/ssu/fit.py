@@ -33,9 +33,9 @@ def fit(config: SsuConfig, plan: Plan, arch: Arch) -> Plan:
     if config.many and plan.algorithm != "simple":
         config.reject("algorithm", plan.algorithm, "auto, simple, matrix with several tokens")
     by_algorithm = {"simple": _simple, "vertical": _vertical, "horizontal": _horizontal}
-    plan = replace(by_algorithm[plan.algorithm](config, plan), maxnreg=None)
-    plan = replace(plan, num_warps=_warps(config, plan))
-    return replace(plan, num_stages=_stages(config, plan, arch))
+    plan = by_algorithm[plan.algorithm](config, plan)
+    warps, stages = _warps(config, plan), _stages(config, plan, arch)
+    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=None)
 
 
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:
