@@ -10,15 +10,18 @@ from cases import covering
 from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, verify
 from gdn_steps import Model
 from gdn_tolerances import assert_within_fla, assert_within_flashinfer
+from launching import launch
 from serving import assert_close, assert_same_outputs
 from serving_gdn import Server, exact
 from ssu_calls import digest, moved, raw, same
 from waiting import no_waiting
 
 import ssmgen
+from ssmgen.arch import Arch
 from ssmgen.families import spec
 from ssmgen.families.gdn.contract import ABI_TENSORS
 from ssmgen.ops.gdn import operation
+from ssmgen.plan import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -57,11 +60,12 @@ def test_every_kind_of_call_is_right(kind, state, order):
 @pytest.mark.parametrize("order", LAYOUTS)
 @pytest.mark.parametrize(("state", "rounding"), STATES)
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_every_plan_the_table_chooses_is_right(state, rounding, order, tokens):
-    for batch in (1, 30, 140, 700):
-        call = make(state, rounding, H=4, HV=16, K=128, V=128, batch=batch, slots=batch + 2,
-                    tokens=tokens, order=order)  # fmt: skip
-        verify(call, run(call))
+def test_every_plan_of_the_table_is_right(state, rounding, order, tokens):
+    call = make(state, rounding, **QWEN, tokens=tokens, order=order)
+    for plan in {choice.plan for choice in dispatch(call.layout().config, Arch.detect())}:
+        after = moved(call, "cuda")
+        launch(after, plan)
+        verify(call, moved(after, "cpu"))
 
 
 @pytest.mark.parametrize("order", LAYOUTS)

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from ssu_calls import Call, digest, expected, moved, same, verify
 from ssu_matrix import CALLS, bounded, make_matrix
 from ssu_tokens import make_tokens, row_of
 
 import ssmgen
 from ssmgen.arch import Arch
-from ssmgen.families import spec
 from ssmgen.interpreter import interpret
-from ssmgen.plan import Plan, dispatch
+from ssmgen.plan import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -62,22 +62,6 @@ def test_every_plan_of_the_table_is_right(state, tokens):
         after = moved(call, "cuda")
         launch(after, plan)
         verify(call, moved(after, "cpu"), want)
-
-
-def launch(call: Call, plan: Plan) -> None:
-    """One launch of one plan on the current stream."""
-    from ssmgen.kernel import build
-    from ssmgen.launcher import Launch, load
-
-    layout, arch = call.layout(), Arch.detect()
-    family = spec("ssu")
-    fitted = family.fit(layout.config, plan, arch)
-    function = load(build(layout.config, fitted, arch), torch.cuda.current_device())
-    grid = family.grid(layout.config, fitted, layout.batch, layout.nheads)
-    tensors = [call.tensors[name] for name in layout.tensors]
-    stream = torch.cuda.current_stream().cuda_stream
-    Launch(function, grid, layout.scalars, False)(stream, *(t.data_ptr() for t in tensors))
-    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("tokens", [6, 16])

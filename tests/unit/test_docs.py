@@ -164,6 +164,7 @@ RESULTS = {
         ["--heads", "128", "--dims", "64", "--states", "fp32,fp16,fp16+sr,int16"],
     ),
     ("docs/performance.md", "measured"): (["ssu-h200.json", "host-h200.json"], []),
+    ("docs/performance.md", "tokens"): (["tokens-h200.json"], ["--tokens", "6"]),
     ("docs/performance.md", "chain"): (["chain-h200.json"], []),
 }
 
