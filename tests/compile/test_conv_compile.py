@@ -25,7 +25,7 @@ FORMS = {
     "one to another slot": {"has_dst": True},
     "many": {"many": True},
     "many accepted": {"many": True, "seqlens_dtype": "int32", "accepted_dtype": "int32"},
-    "many circular": {"many": True, "counts_dtype": "int64"},
+    "many circular": {"many": True, "counts_dtype": "int32"},
     "many right": {"many": True, "depth": 4},
     "prefill": PREFILL,
     "prefill right": {**PREFILL, "depth": 4},
@@ -55,7 +55,8 @@ class Compiled:
 
     def count(self, kind, wide=False, ptx=None):
         """Loads or stores; wide ones move 16 bytes, or all that a thread has of a token."""
-        vector = {16: r"\.(v4\.b32|v2\.b64)", 8: r"\.(v2\.b32|b64)", 4: r"\.b32"}[self.bytes]
+        widths = {16: r"\.(v4\.b32|v2\.b64)", 8: r"\.(v2\.b32|b64)", 4: r"\.b32", 2: r"\.[bu]16"}
+        vector = widths[self.bytes]
         return len(
             re.findall(rf"\b{kind}\.global[.\w:]*{vector if wide else ''}\s", ptx or self.ptx)
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...cost import Work
 from ..base import Argument, Family, Layout
 from .config import ITEMSIZE, Conv1dConfig
+from .work import work
 
 if TYPE_CHECKING:
     from ...arch import Arch
@@ -146,25 +147,13 @@ class Conv1d(Family):
 
         return [
             Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
-            for tokens in ((8, 16, 32) if config.prefill else (1, 2, 4, 8) if config.many else (1,))
+            for tokens in ((8, 16, 32) if config.prefill else (4, 8) if config.many else (1,))
             for channels in (32, 64, 128, 256, 512, 1024, 2048)
             for warps in (1, 2, 4, 8)
         ]
 
     def work(self, config: Conv1dConfig, plan: Plan) -> Work:  # type: ignore[override]
-        # A head is a channel of one token; a row of several is as many of them.
-        values = plan.block_m * plan.block_n
-        each = values / (32 * plan.num_warps)
-        state = ITEMSIZE[str(config.state_dtype)] * (config.depth or 0)
-        held = each if config.prefill else plan.block_n / (32 * plan.num_warps)
-        return Work(
-            programs=1 / values,
-            warps=plan.num_warps,
-            bytes=2 * ITEMSIZE[config.dtype] + 2 * state / plan.block_m,
-            registers=min(255, 24 + held * config.width + (each if config.many else 0)),
-            prologue=60,
-            instructions=each * (8 + 3 * config.width),
-        )
+        return work(config, plan)
 
     def limit(self, config: Conv1dConfig, heads: int) -> int:  # type: ignore[override]
         return heads

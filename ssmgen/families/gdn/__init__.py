@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...cost import Work
 from ..base import Argument, Family, Layout
 from .config import ITEMSIZE, GdnConfig
+from .work import work
 
 if TYPE_CHECKING:
     from ...arch import Arch
@@ -138,6 +140,9 @@ class Gdn(Family):
             evict_first=plan.evict_first,
             maxnreg=plan.maxnreg,
         )
+
+    def work(self, config: GdnConfig, plan: Plan) -> Work:  # type: ignore[override]
+        return work(config, plan)
 
     def limit(self, config: GdnConfig, heads: int) -> int:  # type: ignore[override]
         return max(1, heads * REFERENCE_K * REFERENCE_V // (config.head_k_dim * config.head_v_dim))

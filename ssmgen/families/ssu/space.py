@@ -31,10 +31,12 @@ AVOID = {
     ("int8", 10): ((4, 1), (8, 1), (16, 2), (16, 4), (16, 8), (32, 8), (4, 3, 2), (4, 4, 4)),
     ("fp8_e4m3fn", 10): ((4, 4, 4),),
 }
-# (rows, warps, cap on registers) for up to 8 tokens, for up to 16, and with an fp32 state
+# The same of the loop over several tokens: (rows, warps).
+LOOP = ((4, 1), (4, 2), (8, 2), (16, 1), (16, 2), (16, 8))
+# (rows, warps, cap on registers) of the matrix form for up to 8 tokens, and for up to 16.
 MATRIX_8 = ((16, 1, None), (32, 2, None))
 MATRIX_16 = ((64, 2, 168),)
-MATRIX_FP32 = ((16, 1, 160), (32, 2, 160), (64, 4, 168))
+MATRIX_16_FP32 = ((16, 1, 160), (32, 2, 160), (64, 4, 168))
 
 
 def _plans(algorithm: str, *axes: tuple[int | None, ...], evict_first: bool = False) -> list[Plan]:
@@ -72,19 +74,19 @@ def shortlist(config: SsuConfig) -> list[Plan]:
 
     def plan(algorithm: str, rows: int, warps: int, **more: int | None) -> Plan:
         return Plan(algorithm=algorithm, block_m=rows, block_n=COLUMNS, num_warps=warps,
-                    evict_first=not config.many, **more)  # type: ignore[arg-type]  # fmt: skip
+                    evict_first=algorithm != "matrix", **more)  # type: ignore[arg-type]  # fmt: skip
 
     avoid: tuple[tuple[int, ...], ...] = ()
     if not config.many:
         avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
     # With what a loop over tokens keeps beside them other tiles spill, on one GPU or another.
     full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
-    tiles = ((8, 1), (16, 2)) if full else SIMPLE
+    tiles = ((8, 1), (16, 2)) if full else LOOP if config.many else SIMPLE
     found = [plan("simple", *tile) for tile in tiles if tile not in avoid]
     if config.many:
         forms: tuple[tuple[int, int, int | None], ...]
-        forms = MATRIX_8 if config.ntokens <= 8 else MATRIX_16
-        forms = MATRIX_FP32 if config.state_dtype == "fp32" else forms
+        longer = MATRIX_16_FP32 if config.state_dtype == "fp32" else MATRIX_16
+        forms = MATRIX_8 if config.ntokens <= 8 else longer
         found += [plan("matrix", rows, warps, maxnreg=cap) for rows, warps, cap in forms]
     elif not config.pdl or config.algorithm == "vertical":
         found += [

@@ -21,20 +21,22 @@ __all__ = ["COUNTS", "Counts", "counted", "facts", "work"]
 @dataclass(frozen=True)
 class Counts:
     """Instructions: before the first tile and for each column a lane holds; for an element to be
-    loaded and stored, besides those of each token; more for an element with a scale, for
-    stochastic rounding and for each of its rounds; for a row's sum over lanes. ``matrix`` is an
-    element's in the matrix form, for each 8 tokens. ``bits`` is registers an element more when
-    rounding is stochastic."""
+    loaded and stored, besides those of each token; of a token after the first for itself, more
+    where several warps share its inputs; more for an element with a scale, for stochastic rounding
+    and for each of its rounds; for a row's sum over lanes. ``matrix`` is an element's in the matrix
+    form, for each 8 tokens. ``bits`` is registers an element more when rounding is stochastic."""
 
     prologue: float = 63.7
     column: float = 11.7
     element: float = 4.55
-    token: float = 8.07
+    token: float = 7.11
+    again: float = 43.0
+    across: float = 7.71
     scaled: float = 1.39
     stochastic: float = 6.75
     round: float = 0.695
     row: float = 24.3
-    matrix: float = 3.84
+    matrix: float = 4.3
     bits: float = 0.41
 
 
@@ -83,6 +85,7 @@ def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
     form = loop + (f["matrix"] > 0) * (c.element + c.matrix * f["matrix"] - loop)
     rows = f["elements"] / f["columns"]
     sums = rows * c.row * (1 + f["scaled"]) * (f["matrix"] == 0)
+    again = (f["tokens"] - 1) * (c.again + (f["warps"] > 1) * c.across) * (f["matrix"] == 0)
     needed = 24 + f["elements"] * (1.4 + c.bits * f["stochastic"] + 0.7 * f["matrix"])
     registers = (needed + f["cap"] - abs(needed - f["cap"])) / 2
     return {
@@ -91,7 +94,7 @@ def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
         "bytes": f["bytes"],
         "registers": registers,
         "prologue": c.prologue + c.column * f["columns"],
-        "instructions": f["elements"] * (form + store * f["writes"]) + sums,
+        "instructions": f["elements"] * (form + store * f["writes"]) + sums + again,
         "steps": f["steps"],
         "ahead": f["ahead"],
         "shared": f["shared"],
