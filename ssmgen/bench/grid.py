@@ -217,7 +217,8 @@ def gdn(wanted: Wanted) -> list[Cell]:
 
 
 def conv1d(wanted: Wanted) -> list[Cell]:
-    """The convolutions ahead of those: width 4, bf16; several tokens with accepted ones."""
+    """The convolutions ahead of those: width 4, bf16; several tokens with accepted ones. With PDL,
+    with which vLLM, too, launches its own."""
     quick = wanted.quick
     dims = _pick(wanted.dims, CHANNELS, CHANNELS[:1] if quick else None)
     counts = _pick(wanted.tokens, STEPS, (1,) if quick else None)
@@ -226,7 +227,7 @@ def conv1d(wanted: Wanted) -> list[Cell]:
     for dim, count, batch in itertools.product(dims, counts, batches):
         many = count > 1
         config = Conv1dConfig(
-            many=many, accepted_dtype="int32" if many else None, aligned=dim % 8 == 0
+            many=many, accepted_dtype="int32" if many else None, aligned=dim % 8 == 0, pdl=True
         )
         key = {"dim": dim, "tokens": count, "batch": batch}
         cells.append(Cell(config, batch, dim, tuple(key.items()), (("tokens", count),)))

@@ -43,7 +43,12 @@ def tune(
         ),
     ] = None,
     shipped: Annotated[
-        bool, typer.Option("--shipped", help="The configs of every manifest that ships.")
+        bool,
+        typer.Option(
+            "--shipped",
+            help="The configs of every manifest that ships; several tokens on their states, gated "
+            "delta nets and convolutions.",
+        ),
     ] = False,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the tables, and of the journal.")
@@ -104,6 +109,7 @@ def tune(
     from ..tune import tune as find_plans
     from ..tune.check import check as look_for_cliffs
     from ..tune.check import odd_cells
+    from ..tune.shipped import grid
     from ..tune.tuner import compile_all
 
     def build(wanted: Any, note: Any) -> Any:
@@ -112,6 +118,7 @@ def tune(
     console = Console(stderr=as_json, highlight=False)
     try:
         configs = configs_of(manifest or [], model or [], config or [], shipped)
+        configs = grid(configs) if shipped else configs
         writable(report)
         rig = _rig()
         with _display(console) as note:

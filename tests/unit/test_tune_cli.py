@@ -123,8 +123,12 @@ def test_manifests_models_and_all_that_ships(gpu, tmp_path):
 def test_the_shipped_grid_is_within_its_budget():
     """What one cell may take, of ten minutes on a machine that compiles 40 kernels a second."""
     from ssmgen.cli.prewarm import configs_of
+    from ssmgen.tune.shipped import grid
 
-    cells = tuner.cells_of(configs_of([], [], [], True), SM_90, "NVIDIA H200")
+    cells = tuner.cells_of(grid(configs_of([], [], [], True)), SM_90, "NVIDIA H200")
+    keys = {(cell.config.family, cell.key) for cell in cells}
+    assert {("gdn", "32bit.nearest.VK"), ("conv1d", "16bit.many"), ("ssu", "fp16.nearest.each.8"),
+            ("ssu", "int8.stochastic.each.2"), ("ssu", "bf16.nearest.many.4")} <= keys  # fmt: skip
     kernels = sum(map(len, tuner.spaces(cells, SM_90).values()))
     assert (600 - kernels / 40) / len(cells) > 0.15
 

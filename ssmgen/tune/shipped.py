@@ -1,0 +1,52 @@
+"""The grid of ``ssmgen tune --shipped``: what the tables that ship are measured for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..config import KernelConfig
+from ..families.conv1d.config import Conv1dConfig
+from ..families.gdn.config import GdnConfig
+from ..families.ssu.config import SsuConfig
+
+__all__ = ["grid"]
+
+# Tokens a row, one for each key up to 8: tables tell no more of them apart.
+TOKENS = (2, 4, 6)
+
+
+def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+    """`configs`, of the manifests, and what these do not name: drafts on the states that they do,
+    in the reference shape, and gated delta nets with the convolutions of 16-bit layers."""
+    found = list(configs)
+    states = dict.fromkeys(
+        (c.state_dtype, c.rounding, c.philox_rounds) for c in found if isinstance(c, SsuConfig)
+    )
+    for state, rounding, rounds in states:
+        found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
+    verify: dict[str, Any] = {
+        "ntokens": 4,
+        "has_dst": True,
+        "dst_tokens": True,
+        "accepted_dtype": "int32",
+    }
+    for state, rounding in (("fp32", "nearest"), ("bf16", "nearest"), ("bf16", "stochastic")):
+        for fields in (dict[str, Any](), verify):
+            found.append(GdnConfig(state_dtype=state, rounding=rounding, **fields))
+    found += [Conv1dConfig(), Conv1dConfig(many=True, accepted_dtype="int32")]
+    return list(dict.fromkeys(found))
+
+
+def _drafts(**state: Any) -> Iterator[KernelConfig]:
+    """Several tokens: each state into a buffer; where the matrix form serves, the last alone."""
+    buffer: dict[str, Any] = {
+        "has_intermediate": True,
+        "update_state": False,
+        "entry_dtype": "int64",
+    }
+    for tokens in TOKENS:
+        yield SsuConfig(ntokens=tokens, **state, **buffer)
+        last = SsuConfig(ntokens=tokens, **state)
+        if not last.outside_matrix():
+            yield last
