@@ -39,11 +39,11 @@ from . import compiler, template
 from .arch import Arch
 from .artifact import Artifact
 from .config import KernelConfig
-from .errors import CompileError, ConfigError, SsmgenError, StoreError
+from .errors import CompileError, SsmgenError, StoreError
 from .plan import Plan, variants
 from .store import Store, user_store
 
-__all__ = ["DaskExecutor", "Event", "Job", "Report", "compile_jobs", "cores", "expand", "prewarm"]
+__all__ = ["Event", "Job", "Report", "compile_jobs", "cores", "expand", "prewarm"]
 
 log = logging.getLogger("ssmgen")
 
@@ -380,43 +380,3 @@ def _compile(task: dict[str, Any]) -> Artifact:
         for left in Path(compiler._scratch()).iterdir():
             shutil.rmtree(left, ignore_errors=True)
     return artifact
-
-
-class DaskExecutor(Executor):
-    """Submits to a dask scheduler, each kernel under its own key, so that no scheduler runs one
-    twice at the same time, whoever asks for it."""
-
-    def __init__(self, address: str, timeout: float = 30.0) -> None:
-        try:
-            from distributed import Client
-        except ImportError:
-            raise ConfigError(
-                "executor: dask is not installed; pip install 'ssmgen[dask]'"
-            ) from None
-        try:
-            self.client = Client(address, timeout=timeout, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"executor: no scheduler answers at {address}: {error}") from None
-
-    @property
-    def _max_workers(self) -> int:
-        return sum(self.client.nthreads().values())
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        (task,) = args
-        future: Future[Any] = Future()
-        remote = self.client.submit(fn, task, key=f"ssmgen-{task['key']}-{task['toolchain']}")
-
-        def deliver(done: Any) -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(done.result())
-            except BaseException as error:
-                future.set_exception(error)
-
-        remote.add_done_callback(deliver)
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self.client.close()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..arch import Arch
+    from ..cluster import DaskExecutor
     from ..config import KernelConfig
-    from ..prewarm import DaskExecutor, Event, Job, Report
+    from ..prewarm import Event, Job, Report
 
 __all__ = ["configs_of", "prewarm", "writable"]
 
@@ -180,7 +181,7 @@ def _archs(names: list[str]) -> list[Arch]:
 
 
 def _connect(url: str) -> DaskExecutor:
-    from ..prewarm import DaskExecutor
+    from ..cluster import DaskExecutor
 
     scheme, _, address = url.partition("://")
     if scheme != "dask" or ":" not in address:

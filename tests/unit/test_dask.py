@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from ssmgen import Arch, KernelConfig, compiler, prewarm
 from ssmgen.cli.prewarm import prewarm as command
+from ssmgen.cluster import DaskExecutor
 from ssmgen.store import Store, user_store
 
 pytest.importorskip("distributed")
@@ -67,7 +68,7 @@ class Cluster:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         self.address = json.loads(file.read_text())["address"]
-        self.executor = prewarm.DaskExecutor(self.address)
+        self.executor = DaskExecutor(self.address)
         self.executor.client.wait_for_workers(2, timeout=60)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -133,7 +134,7 @@ def test_one_kernel_asked_for_by_two_is_compiled_once(cluster: Cluster) -> None:
     assert store is not None
     (job,) = prewarm.expand(JOBS[:1])
     task = prewarm._Run(store, [job], lambda event: None).task(job)
-    other = prewarm.DaskExecutor(cluster.address)
+    other = DaskExecutor(cluster.address)
     try:
         futures = [x.submit(prewarm.compile_task, task) for x in (cluster.executor, other)]
         first, second = (future.result(60) for future in futures)

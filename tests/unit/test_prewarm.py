@@ -26,6 +26,7 @@ from typer.testing import CliRunner, Result
 import ssmgen
 from ssmgen import Arch, KernelConfig, compiler, prewarm, template
 from ssmgen.cli.prewarm import prewarm as command
+from ssmgen.cluster import DaskExecutor
 from ssmgen.errors import CompileError, ConfigError, StoreError
 from ssmgen.plan import Plan
 from ssmgen.store import Store, user_store
@@ -606,7 +607,7 @@ def test_dask_that_is_not_installed_or_does_not_answer_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ConfigError, match=r"pip install 'ssmgen\[dask\]'"):
-        prewarm.DaskExecutor("tcp://127.0.0.1:9")
+        DaskExecutor("tcp://127.0.0.1:9")
     result = call("--config", "{}", "--arch", "sm_90", "--executor", "dask://127.0.0.1:9")
     assert result.exit_code == 2
     assert "ssmgen[dask]" in result.output
