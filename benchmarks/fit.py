@@ -205,7 +205,8 @@ def main() -> None:
         data = added(data, json.loads(Path(arguments.add).read_text()))
         Path(arguments.data).write_text(text_of(data))
         return
-    for family in [arguments.family] if arguments.family else FAMILIES:
+    found = {config_of(entry).family for run in data["runs"] for entry in run["cells"]}
+    for family in [arguments.family] if arguments.family else filter(found.__contains__, FAMILIES):
         measured = Measured(data, family)
         constants, counts = CONSTANTS, measured.counts.COUNTS
         if arguments.seconds:

@@ -235,12 +235,13 @@ def get_kernel(
         elif isinstance(device, bool) or not isinstance(device, int) or device < 0:
             raise ConfigTypeError(f"device: {device!r} found; allowed: the index of a CUDA device")
         target = Arch.detect(device)
-    name = (config, target, device, settings())
+    now = settings()
+    name = (config, target, device, now)
     kernel = _kernels.get(name)
     if kernel is None:
         with _lock:
             gate = _building.setdefault(name, threading.Lock())
-        with gate, held():
+        with gate, held(now):
             kernel = _kernels.get(name)
             if kernel is None:
                 kernel = _kernels[name] = Kernel(config, target, device)

@@ -32,7 +32,7 @@ def _driver() -> Any:
 
 # A process that has a torch for CUDA will launch: its first `get_kernel` need not wait for this.
 if getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None):
-    with contextlib.suppress(DeviceError):
+    with contextlib.suppress(Exception):  # `load` says what is wrong with them
         _driver()
 
 

@@ -124,12 +124,12 @@ _held = threading.local()
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Settings]:
-    """The settings now, which for this thread stay the same inside."""
+def held(found: Settings) -> Iterator[None]:
+    """For this thread the settings are these inside."""
     outer = getattr(_held, "value", None)
-    _held.value = found = settings()
+    _held.value = found
     try:
-        yield found
+        yield
     finally:
         _held.value = outer
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import resources
 from .arch import Arch
@@ -73,24 +73,27 @@ def digest(family: str) -> str:
     return total.hexdigest()
 
 
+class _Asked(NamedTuple):
+    config: dict[str, Any]
+    arguments: tuple[tuple[str, str, int], ...]
+
+
 @functools.lru_cache(maxsize=256)
-def _asked(config: KernelConfig) -> dict[str, Any]:
+def _asked(config: KernelConfig) -> _Asked:
     """The factors that are the same for every plan and architecture."""
     arguments = spec(config.family).arguments(config)
-    return {
-        "config": config.key_fields(),
-        "arguments": [[a.name, a.type, a.align] for a in arguments],
-    }
+    return _Asked(config.key_fields(), tuple((a.name, a.type, a.align) for a in arguments))
 
 
 def factors(config: KernelConfig, plan: Plan, arch: Arch) -> dict[str, Any]:
     """All that decides a kernel but the toolchain."""
-    family = spec(config.family)
+    family, asked = spec(config.family), _asked(config)
     return {
         "schema": SCHEMA,
         "abi": ABI_VERSION,
         "arch": str(arch),
-        **_asked(config),
+        "config": dict(asked.config),
+        "arguments": [list(argument) for argument in asked.arguments],
         "plan": plan.fields(),
         "templates": digest(config.family),
         "context": dict(family.context(config, plan, arch)),

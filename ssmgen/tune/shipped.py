@@ -1,4 +1,4 @@
-"""The grid of ``ssmgen tune --shipped``: what the tables that ship are measured for."""
+"""The grid of ``ssmgen tune --shipped``."""
 
 from __future__ import annotations
 
