@@ -100,13 +100,10 @@ class Operation:
         ):
             self._dispatch(tensors, switches)
             return
-        for call in getattr(self._local, "recent", ()):
+        for call in self._local.__dict__.setdefault("recent", []):
             addresses = call.addresses(tensors, switches)
             if addresses is not None:
-                if call.direct and call.device == torch._C._cuda_getDevice():
-                    call.launch(_current_stream(call.device), *addresses)
-                else:
-                    self._launch(call, addresses, tensors, switches)
+                self._launch(call, addresses, tensors, switches)
                 return
         for name, tensor in zip(self.tensors, tensors):
             require_tensor(name, tensor)
@@ -120,7 +117,7 @@ class Operation:
         assert rows is not None
         if rows.is_cuda:
             call = self._found(tensors, switches)
-            recent = [c for c in getattr(self._local, "recent", ()) if c is not call]
+            recent = [c for c in self._local.__dict__.get("recent", ()) if c is not call]
             if call.guarded(tensors):
                 self._local.recent = [call, *recent[: RECENT - 1]]
             self._launch(call, [*map(_data_ptr, call.given(tensors))], tensors, switches)
@@ -237,8 +234,6 @@ class _Call:
         self.device = device
         self.keep = keep
         self.checked = checked
-        # Nothing stands between the addresses and the launch.
-        self.direct = keep is None and not checked
         self._switches = switches
         self._alignable = alignable
         self._aligned = aligned
