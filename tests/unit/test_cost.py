@@ -90,7 +90,9 @@ def test_the_fit_reports_what_these_tests_hold():
     command = [sys.executable, str(ROOT / "benchmarks" / "fit.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above = re.findall(r"^(\w+) .*, (\d+) above 10%", done.stdout, flags=re.M)
-    assert above == [("ssu", "9"), ("gdn", "0"), ("conv1d", "0")]
+    assert [family for family, _ in above] == ["ssu", "gdn", "conv1d"]
+    assert int(above[0][1]) < 10
+    assert above[1][1] == above[2][1] == "0"
 
 
 # What an estimate must be, on any GPU
