@@ -34,14 +34,26 @@ def ours(problem: Problem) -> Calls:
 
 
 def copy(problem: Problem) -> Calls:
-    """An in-place pass that reads and writes as many bytes as the problem must move: the limit."""
+    """A pass over as many bytes as the problem must move, that computes nothing: the limit.
+
+    It is in place where a state is written once; else each row of what is read is written as often
+    as a state is, one after the other.
+    """
     import torch
 
-    count = max(1, problem.bytes // 8)
-    turns = min(problem.sets, -(-POOL_BYTES // (4 * count)))
-    parts = torch.randn(turns, count, device=problem.device)
+    times = problem.times
+    rows = 1 if times == 1 else problem.batch
+    count = max(1, problem.bytes // (4 * rows * (1 + times)))
+    turns = min(problem.sets, -(-POOL_BYTES // (4 * rows * count)))
+    sources = torch.randn(turns, rows, count, device=problem.device)
+    if times == 1:
+        write, targets = torch.neg, sources
+    else:
+        from .spread import spread as write
+
+        targets = torch.empty(turns, rows, times, count, device=problem.device)
     return [
-        functools.partial(torch.neg, parts[i % turns], out=parts[i % turns])
+        functools.partial(write, sources[i % turns], out=targets[i % turns])
         for i in range(problem.sets)
     ]
 

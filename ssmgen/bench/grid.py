@@ -14,8 +14,8 @@ from ..families.conv1d.config import Conv1dConfig
 from ..families.gdn.config import GdnConfig
 from ..families.ssu.config import SsuConfig
 
-__all__ = ["AXES", "GRIDS", "SECTIONS", "Cell", "Grid", "Wanted", "config_of", "gdn_config",
-           "key_heads", "parse_state"]  # fmt: skip
+__all__ = ["AXES", "GRIDS", "SECTIONS", "WRITTEN", "Cell", "Grid", "Wanted", "config_of",
+           "gdn_config", "key_heads", "parse_state"]  # fmt: skip
 
 SHAPES = ((128, 64), (16, 64), (128, 80))  # nheads, dim
 STATES = (
@@ -35,6 +35,8 @@ STATES = (
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = (2, 4, 6, 8)
 WRITES = ("last only", "every token")
+# As people type them.
+WRITTEN = {"last": WRITES[0], "every": WRITES[1]}
 # Value heads of a gated delta net to its key heads: Qwen3-Next's, those of its larger relatives,
 # and what four GPUs have of each.
 KEY_HEADS = {32: 16, 48: 16, 64: 16, 8: 4, 12: 4, 16: 4}
@@ -80,12 +82,14 @@ class Wanted:
     states: tuple[str, ...] | None = None
     batches: tuple[int, ...] | None = None
     tokens: tuple[int, ...] | None = None
+    writes: tuple[str, ...] | None = None
     quick: bool = False
 
     def takes(self, cell: dict[str, Any]) -> bool:
         """Whether a measured cell is among what is wanted."""
         named = {"heads": self.heads, "dim": self.dims, "state": self.states,
-                 "batch": self.batches, "tokens": self.tokens}  # fmt: skip
+                 "batch": self.batches, "tokens": self.tokens,
+                 "writes": self.writes}  # fmt: skip
         return all(
             allowed is None or name not in cell or cell[name] in allowed
             for name, allowed in named.items()
@@ -170,7 +174,7 @@ def tokens(wanted: Wanted) -> list[Cell]:
     batches = _pick(wanted.batches, BATCHES, (1, 16, 256) if quick else None)
     cells = []
     for n, writes, state, count, batch in itertools.product(
-        heads, WRITES, states, counts, batches
+        heads, wanted.writes or WRITES, states, counts, batches
     ):  # fmt: skip
         # With every token's state in the buffer the slot stays as it was: so drafts are verified.
         every = writes == "every token"
@@ -277,7 +281,7 @@ GRIDS = {
         ("heads", "writes"),
         ("state", "tokens", "batch"),
         "tokens",
-        ("heads", "states", "batches", "tokens"),
+        ("heads", "states", "batches", "tokens", "writes"),
         (
             ("", lambda cell: True),
             (", from batch 16 up", lambda cell: cell["batch"] >= 16),

@@ -53,6 +53,8 @@ class Problem(ABC):
     nheads: int
     device: str
     sets: int
+    # How often a call writes what it reads: once, or once a token.
+    times: int = 1
 
     @property
     @abstractmethod

@@ -62,6 +62,12 @@ def bench(
     tokens: Annotated[
         str | None, typer.Option(metavar="N,N", help="Tokens a row, of tokens, gdn, conv1d: 2,4.")
     ] = None,
+    writes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W", help="States that are written, of tokens: last (token only), every."
+        ),
+    ] = None,
     contestants: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +139,8 @@ def bench(
     measured until then is written).
     """
     given = {"heads": heads, "dims": dims, "states": states, "batches": batches, "tokens": tokens,
-             "contestants": contestants, "rounds": rounds, "quick": quick or None}  # fmt: skip
+             "writes": writes, "contestants": contestants, "rounds": rounds,
+             "quick": quick or None}  # fmt: skip
     wanted = _wanted(given, quick)
     if table or plot:
         if section or (table and plot) or as_json or quick or contestants or rounds:
@@ -197,7 +204,7 @@ def _sections(names: list[str]) -> list[str]:
 
 
 def _wanted(given: dict[str, Any], quick: bool) -> Wanted:
-    from ..bench.grid import Wanted, parse_state
+    from ..bench.grid import WRITTEN, Wanted, parse_state
 
     def integers(name: str) -> tuple[int, ...] | None:
         if given[name] is None:
@@ -218,12 +225,21 @@ def _wanted(given: dict[str, Any], quick: bool) -> Wanted:
             labels = tuple(dict.fromkeys(parse_state(text) for text in given["states"].split(",")))
         except SsmgenError as error:
             raise typer.BadParameter(f"--states: {error}") from None
+    writes = None
+    if given["writes"] is not None:
+        named = dict.fromkeys(given["writes"].split(","))
+        if unknown := [name for name in named if name not in WRITTEN]:
+            raise typer.BadParameter(
+                f"--writes: {unknown[0]!r} is not known; allowed: {', '.join(WRITTEN)}"
+            )
+        writes = tuple(WRITTEN[name] for name in named)
     return Wanted(
         heads=integers("heads"),
         dims=integers("dims"),
         states=labels,
         batches=integers("batches"),
         tokens=integers("tokens"),
+        writes=writes,
         quick=quick,
     )
 

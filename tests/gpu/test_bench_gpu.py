@@ -15,6 +15,7 @@ from ssmgen.bench.grid import config_of, gdn_config
 from ssmgen.bench.measure import cold, interleaved
 from ssmgen.bench.problem import make, plan_of, planned
 from ssmgen.bench.session import contest
+from ssmgen.bench.spread import spread
 from ssmgen.cli import app
 from ssmgen.families.conv1d.config import Conv1dConfig
 from ssmgen.kernel import build
@@ -51,6 +52,16 @@ def test_interleaved_times_are_those_of_graphs_alone():
     assert times["one"].median == pytest.approx(times["two"].median, rel=0.05)
     assert times["one"].median == pytest.approx(time_graph([launch] * 4), rel=0.1)
     assert len(times["one"].rounds) == 5
+
+
+@pytest.mark.parametrize("count", [1, 2048, 5001])
+def test_spread_writes_every_row_as_often_as_asked_and_nothing_else(count):
+    source = torch.randn(3, count, device="cuda")
+    memory = torch.full((3 * 4 * count + 8,), torch.nan, device="cuda")
+    out = memory[: 3 * 4 * count].view(3, 4, count)
+    spread(source, out=out)
+    assert torch.equal(out, source.unsqueeze(1).expand_as(out))
+    assert memory[3 * 4 * count :].isnan().all()
 
 
 @pytest.mark.parametrize("label", STATES)

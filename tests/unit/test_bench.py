@@ -86,6 +86,12 @@ def test_the_grid_of_tokens_writes_one_state_or_each():
         assert cell.config.ntokens == dict(cell.key)["tokens"]
 
 
+def test_of_the_grid_of_tokens_one_half_may_be_wanted():
+    every = GRIDS["tokens"].cells(Wanted(writes=("every token",)))
+    assert len(every) == len(GRIDS["tokens"].cells(Wanted())) / 2
+    assert all(cell.config.has_intermediate for cell in every)
+
+
 def test_scaling_varies_one_size_at_a_time():
     cells = GRIDS["scaling"].cells(Wanted())
     for axis in ("batch", "heads", "dim", "dstate", "tokens"):
@@ -333,6 +339,31 @@ def test_the_copy_moves_the_bytes_of_the_problem_in_place():
         before = source.clone()
         call()
         assert torch.equal(source, -before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "times"),
+    [({"ntokens": 3}, 1),
+     ({"ntokens": 3, "has_intermediate": True, "update_state": False, "entry_dtype": "int64"}, 3),
+     ({"ntokens": 3, "has_intermediate": True, "entry_dtype": "int64"}, 4),
+     ({"ntokens": 2, "has_dst": True, "dst_tokens": True}, 2)],
+)  # fmt: skip
+def test_where_more_is_written_than_read_the_copy_does_so_too(fields, times):
+    problem = make(config_of("fp32", dim=64, dstate=16, **fields), 2, 2, device="cpu", pool_bytes=0)
+    assert problem.times == times
+    calls = contestants.adapter("copy", "ssu")(problem)
+    assert len(calls) == problem.sets
+    for call in calls:
+        (source,), out = call.args, call.keywords["out"]
+        # Of each row, less than an element for each time.
+        lost = problem.bytes - source.nbytes - out.nbytes
+        assert 0 <= lost < 4 * (1 + times) * (1 if times == 1 else 2)
+        if times == 1:
+            continue
+        assert out.shape == (2, times, source.shape[1])
+        out.fill_(torch.nan)
+        call()
+        assert all(torch.equal(out[:, turn], source) for turn in range(times))
 
 
 def test_a_lost_gpu_stops_the_run_and_keeps_what_was_measured(monkeypatch):

@@ -71,6 +71,8 @@ def test_without_a_gpu_it_says_so_and_exits_with_3():
         (["--heads", "0"], "not positive integers"),
         (["--batches", "1,x"], "not positive integers"),
         (["--tokens", "4"], "--tokens means nothing to ssu"),
+        (["--writes", "every"], "--writes means nothing to ssu"),
+        (["tokens", "--writes", "each"], "'each' is not known; allowed: last, every"),
         (["jit", "--rounds", "3"], "--rounds means nothing to jit"),
         (["--contestants", "vlm"], "'vlm' is not known"),
         (["--dims", "13"], "dim: 13"),

@@ -11,7 +11,7 @@ import torch
 from ...reference.tables import Rows
 from ..problem import Launch, Problem
 
-__all__ = ["DTYPES", "Drawn", "SlotProblem", "integers_of"]
+__all__ = ["DTYPES", "Drawn", "SlotProblem", "integers_of", "states_written"]
 
 Tensor = torch.Tensor
 
@@ -28,6 +28,12 @@ DTYPES = {
 def integers_of(name: str) -> torch.dtype:
     """int32 or int64 by name."""
     return getattr(torch, name)
+
+
+def states_written(config: Any) -> int:
+    """States that a row writes: for each token to its slot or to the buffer, or the last one."""
+    updates = config.ntokens if config.dst_tokens else 1
+    return updates * config.update_state + config.ntokens * config.has_intermediate
 
 
 class Drawn(Problem):
@@ -69,6 +75,10 @@ class SlotProblem(Drawn):
     """
 
     out: Tensor
+
+    @property
+    def times(self) -> int:
+        return max(1, states_written(self.config))
 
     @abstractmethod
     def rows(self, arguments: dict[str, Any]) -> Rows:

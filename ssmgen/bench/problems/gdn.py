@@ -17,7 +17,7 @@ from ...reference.gdn import delta_gates, delta_step
 from ...reference.tables import Rows, read_tables
 from ..grid import key_heads
 from ..problem import POOL_BYTES
-from ._inputs import DTYPES, SlotProblem, integers_of
+from ._inputs import DTYPES, SlotProblem, integers_of, states_written
 
 __all__ = ["PROBLEM", "GdnProblem", "moved"]
 
@@ -49,8 +49,7 @@ def moved(config: GdnConfig, batch: int, nheads: int, k_heads: int) -> int:
     tokens = batch * c.ntokens
     state = nheads * c.head_v_dim * c.head_k_dim * ITEMSIZE[c.state_dtype]
     targets = c.ntokens if c.dst_tokens else 1
-    writes = targets * c.update_state + c.ntokens * c.has_intermediate
-    total = (1 + writes) * batch * state
+    total = (1 + states_written(c)) * batch * state
     channels = c.head_k_dim if c.kda else 1
     inputs = 2 * k_heads * c.head_k_dim + 2 * nheads * c.head_v_dim
     total += tokens * inputs * ITEMSIZE[c.dtype]

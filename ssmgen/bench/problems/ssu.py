@@ -13,7 +13,7 @@ from ...families.ssu.config import ITEMSIZE, SCALED, SsuConfig
 from ...reference import quantise, ssu_step
 from ...reference.tables import Rows, read_tables
 from ..problem import POOL_BYTES
-from ._inputs import DTYPES, SlotProblem, integers_of
+from ._inputs import DTYPES, SlotProblem, integers_of, states_written
 
 __all__ = ["PROBLEM", "SsuProblem", "moved"]
 
@@ -49,8 +49,7 @@ def moved(config: SsuConfig, batch: int, nheads: int, ngroups: int | None = None
     tokens = batch * c.ntokens
     scale = 4 if c.state_dtype in SCALED else 0
     state = nheads * c.dim * (c.dstate * ITEMSIZE[c.state_dtype] + scale)
-    writes = (c.ntokens if c.dst_tokens else 1) * c.update_state + c.ntokens * c.has_intermediate
-    total = (1 + writes) * batch * state
+    total = (1 + states_written(c)) * batch * state
     inner, per = nheads * c.dim, 1 if c.tie_hdim else c.dim
     total += tokens * ((2 + c.has_z) * inner + 2 * g * c.dstate) * ITEMSIZE[c.dtype]
     total += tokens * nheads * per * ITEMSIZE[c.dt_dtype or c.weight_dtype]
