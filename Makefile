@@ -1,5 +1,6 @@
 # Every target works from a bare clone: it makes .venv if it has to, then does its job. Where
-# $(PYTHON) already has a torch that sees a GPU, demo, test, test-gpu and bench run on it as it is.
+# $(PYTHON) already has a torch that sees a GPU, demo, test, test-gpu, sanitize and bench run on it as it
+# is.
 # A CUDA build of torch asks for one exact Triton: with a GPU, .venv gets the torch whose Triton is
 # the one that constraints.txt pins.
 
@@ -8,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TORCH := $(if $(wildcard /dev/nvidiactl),2.11.0,2.13.0)
 
-ifneq ($(filter demo test test-all test-gpu bench golden,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test test-all test-gpu sanitize bench golden,$(MAKECMDGOALS)),)
 SEES_GPU := $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo yes)
 endif
 
@@ -21,7 +22,7 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu lint bench golden clean
+.PHONY: help demo test test-all test-gpu sanitize lint bench golden clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,14 @@ test-all: $(READY)  ## The same, with every case of the products that test takes
 test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'
 	@$(RUN) -m pytest -m gpu tests/gpu
+
+# Without torch's cache every tensor is an allocation of its own, whose end is seen.
+SANITIZER = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no \
+	--kernel-name kns=ssu_,kns=gdn_,kns=conv1d_ --require-cuda-init no --error-exitcode 1
+
+sanitize: $(READY)  ## Run every form of kernel under compute-sanitizer: memcheck, then racecheck.
+	@$(SANITIZER) --tool memcheck env $(RUN) tests/gpu/sanitize.py
+	@$(SANITIZER) --tool racecheck env $(RUN) tests/gpu/sanitize.py
 
 bench: $(READY)  ## Measure everything on this GPU; writes benchmarks/results/.
 	@$(RUN) -c 'from ssmgen.cli import main; main()' bench all --out benchmarks/results

@@ -45,13 +45,13 @@ def copy(problem: Problem) -> Calls:
     rows = 1 if times == 1 else problem.batch
     count = max(1, problem.bytes // (4 * rows * (1 + times)))
     turns = min(problem.sets, -(-POOL_BYTES // (4 * rows * count)))
-    sources = torch.randn(turns, rows, count, device=problem.device)
-    if times == 1:
-        write, targets = torch.neg, sources
-    else:
-        from .spread import spread as write
+    sources = targets = torch.randn(turns, rows, count, device=problem.device)
+    write: Callable[..., Any] = torch.neg
+    if times > 1:
+        from .spread import spread
 
         targets = torch.empty(turns, rows, times, count, device=problem.device)
+        write = spread
     return [
         functools.partial(write, sources[i % turns], out=targets[i % turns])
         for i in range(problem.sets)

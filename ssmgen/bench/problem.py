@@ -53,8 +53,11 @@ class Problem(ABC):
     nheads: int
     device: str
     sets: int
-    # How often a call writes what it reads: once, or once a token.
-    times: int = 1
+
+    @property
+    def times(self) -> int:
+        """How many states a call writes for each that it reads."""
+        return 1
 
     @property
     @abstractmethod

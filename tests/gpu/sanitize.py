@@ -1,0 +1,102 @@
+"""What compute-sanitizer watches in ``make sanitize``: every form of kernel, in each plan that may
+serve it on this GPU, launched once on a few rows of which one is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ssmgen.arch import Arch
+from ssmgen.bench.problem import make, planned
+from ssmgen.config import KernelConfig
+from ssmgen.families.conv1d.config import Conv1dConfig
+from ssmgen.families.gdn.config import GdnConfig
+from ssmgen.families.ssu.config import SsuConfig
+from ssmgen.kernel import build
+from ssmgen.launcher import load
+from ssmgen.plan import variants
+from ssmgen.prewarm import prewarm
+
+ROWS, HEADS, CHANNELS = 3, 4, 256
+
+Fields = dict[str, Any]
+BUFFER: Fields = {"has_intermediate": True, "entry_dtype": "int64"}
+VERIFY: Fields = {"has_dst": True, "dst_tokens": True, "accepted_dtype": "int32"}
+
+
+def ssu() -> Iterator[SsuConfig]:
+    for state in ("fp32", "bf16", "int16", "fp8_e4m3fn"):
+        yield SsuConfig(state_dtype=state)
+    for state in ("fp16", "int8"):
+        yield SsuConfig(state_dtype=state, rounding="stochastic")
+    yield SsuConfig(algorithm="vertical", has_z=True)
+    yield SsuConfig(algorithm="horizontal", has_dst=True)
+    yield SsuConfig(tie_hdim=False, dim=80, dstate=96)
+    yield SsuConfig(pdl=True)
+
+
+def tokens() -> Iterator[SsuConfig]:
+    for state in ("fp32", "bf16", "fp16", "int16"):
+        for count in (2, 4, 6):
+            yield SsuConfig(state_dtype=state, ntokens=count, update_state=False, **BUFFER)
+    loop: Fields = {"algorithm": "simple", "ntokens": 5, "has_z": True}
+    yield SsuConfig(**loop, **BUFFER, parents_dtype="int32")
+    yield SsuConfig(**loop, **VERIFY, seqlens_dtype="int32", state_dtype="fp16")
+    yield SsuConfig(**loop, has_dst=True, state_dtype="int8", rounding="stochastic", dim=80)
+
+
+def matrix() -> Iterator[SsuConfig]:
+    for state in ("fp32", "bf16", "fp16"):
+        for count in (2, 6, 12):
+            yield SsuConfig(algorithm="matrix", state_dtype=state, ntokens=count, has_z=True)
+    yield SsuConfig(algorithm="matrix", ntokens=8, dim=80, dstate=256)
+
+
+def gdn() -> Iterator[GdnConfig]:
+    for fields in ({}, {"state_dtype": "bf16"}, {"state_dtype": "bf16", "rounding": "stochastic"}):
+        yield GdnConfig(**fields)
+        yield GdnConfig(**fields, ntokens=4, **VERIFY)
+    yield GdnConfig(state_layout="KV", kda=True, head_k_dim=96, head_v_dim=64)
+    yield GdnConfig(state_layout="KV", ntokens=3, seqlens_dtype="int32", grouped=True, **BUFFER)
+    yield GdnConfig(gate="given", use_qk_l2norm=False, pdl=True)
+
+
+def conv1d() -> Iterator[Conv1dConfig]:
+    yield Conv1dConfig(pdl=True)
+    yield Conv1dConfig(dtype="fp32", width=6, depth=8, has_bias=True, has_dst=True)
+    yield Conv1dConfig(packed_channels=False)
+    yield Conv1dConfig(counts_dtype="int32", many=True)
+    yield Conv1dConfig(accepted_dtype="int32")
+    for many in ({"accepted_dtype": "int32"}, {"seqlens_dtype": "int32", "depth": 5}):
+        yield Conv1dConfig(many=True, **many)
+        yield Conv1dConfig(many=True, packed_channels=False, **many)
+    for past in ({"history": "pool", "has_initial": True}, {"history": "rows"}, {"history": None}):
+        yield Conv1dConfig(many=True, prefill=True, seqlens_dtype="int32", **past)
+
+
+def main() -> None:
+    arch = Arch.detect()
+    name = torch.cuda.get_device_name()
+    configs: list[KernelConfig] = [*ssu(), *tokens(), *matrix(), *gdn(), *conv1d()]
+    prewarm([(config, arch) for config in configs])
+    launches = 0
+    for config in configs:
+        nheads = CHANNELS if config.family == "conv1d" else HEADS
+        problem: Any = make(config, ROWS, nheads, pool_bytes=0)
+        if getattr(problem, "sources", None) is not None:
+            problem.sources[:, 0] = -1
+        for plan in variants(config, arch, name):
+            function = load(build(config, plan, arch), torch.cuda.current_device())
+            launch = planned(problem, function, plan)
+            for which in range(problem.sets):
+                launch(which)
+            torch.cuda.synchronize()
+            launches += problem.sets
+            print(f"{config.family} {plan}", flush=True)
+    print(f"{launches} launches of {len(configs)} configs")
+
+
+if __name__ == "__main__":
+    main()
