@@ -384,7 +384,9 @@ def _errors(
     error = error + key * delta_off.unsqueeze(-1) * (1 + k_off)
     error = error + delta.unsqueeze(-1) * key * (k_off + 2 * U) + 2 * U * h.abs()
     error = error * 1.001 + 2.0**-140  # products of two errors
-    o_error = (query * error * (1 + q_off) + (h.abs() * query) * (q_off + (k_dim + 2) * U)).sum(-1)
+    # S' q and delta (k . q) are summed apart, and may be larger than S'' q.
+    terms = (decayed + delta.unsqueeze(-1) * key) * query
+    o_error = (query * error * (1 + q_off) + terms * (q_off + k_off + (k_dim + 4) * U)).sum(-1)
     return o_error * 1.001 + U * o.abs() + 2.0**-120, error
 
 

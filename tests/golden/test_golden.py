@@ -218,6 +218,7 @@ GDN_FEATURES = [
     {"accepted_dtype": "int64", "has_intermediate": True, "entry_dtype": "int32"},
     {"ntokens": 3, "kda": True, "head_k_dim": 256, "head_v_dim": 64, "pdl": True},
     {"ntokens": 2, "index_dtype": None, "has_intermediate": True, "update_state": False},
+    {"ntokens": 2, "head_k_dim": 200, "head_v_dim": 8},
     {"ntokens": 6, "seqlens_dtype": "int64", "accepted_dtype": "int32", "has_dst": True,
      "dst_tokens": True, "has_intermediate": True, "entry_dtype": "int64", "grouped": True},
     {"ntokens": 1, "seqlens_dtype": "int32", "index_dtype": None},

@@ -201,15 +201,29 @@ def test_whatever_the_tables_say_only_sequences_that_are_whole_write(ends, accep
     assert changed == [[i, t] for i in whole for t in range(ends[i + 1] - ends[i])]
 
 
-def test_an_overflowing_row_stays_its_own():
-    """With masked columns an infinite state must not become NaN where exact arithmetic has inf."""
-    call = make(K=24, V=16, H=1, HV=1, batch=1, l2norm=False, dtype="fp32")
-    call["k"].fill_(1.0)
-    call["q"].fill_(1.0)
-    call["v"].fill_(0.0)
-    call["v"][0, 0, 3] = torch.inf
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_an_overflowing_row_stays_its_own(tokens):
+    """With masked columns an infinite state must not become NaN where exact arithmetic has inf. A
+    negative beta leaves it infinite for the next token."""
+    call = make(K=24, V=16, H=1, HV=1, batch=1, l2norm=False, dtype="fp32", gate="given",
+                tokens=tokens, token_axis=True)  # fmt: skip
+    for name, value in (("k", 1.0), ("q", 1.0), ("v", 0.0), ("beta", -1.0)):
+        call[name].fill_(value)
+    call["v"][0, 0, 0, 3] = -torch.inf
     slot = int(call["state_batch_indices"][0])
-    out = call.interpreted()["out"][0, 0]
-    assert out[3] == torch.inf
-    assert out[[0, 1, 2, 4]].isfinite().all()
-    assert call.interpreted()["state"][slot, 0, 3].eq(torch.inf).all()
+    after = call.interpreted()
+    for out in after["out"][0, :, 0]:
+        assert out[3] == torch.inf
+        assert out[[0, 1, 2, 4]].isfinite().all()
+    assert after["state"][slot, 0, 3].eq(torch.inf).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"kda": True}, {"l2norm": False}])
+def test_an_output_far_smaller_than_the_state_is_right(options):
+    """With q = k of length 1, scale 1 and beta 1, o is v, and all that the state held cancels."""
+    call = make(dtype="fp32", gate="given", tokens=2, scale=1.0, **SMALL, **options)
+    call["state"].mul_(1e3)
+    call["beta"].fill_(1.0)
+    call["k"].div_(call["k"].norm(dim=-1, keepdim=True))
+    call["q"].copy_(call["k"])
+    verify(call, call.interpreted())
