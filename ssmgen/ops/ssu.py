@@ -131,7 +131,7 @@ def selective_state_update(
     )  # fmt: skip
     switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl,
                 cache_steps, precision)  # fmt: skip
-    operation(tensors, switches)
+    operation.apply(tensors, switches)
     return out
 
 
