@@ -17,7 +17,7 @@ import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ..errors import ArgumentTypeError, DeviceError
 from ..families.base import Layout
@@ -92,8 +92,9 @@ class Operation:
     def apply(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
         """Run on the schema's tensors and switches, in its order."""
         # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
+        # An export that does not trace Python has a mode, for its fake tensors.
         if (
-            is_compiling()
+            is_dynamo_compiling()
             or _len_torch_dispatch_stack()
             or _len_torch_function_stack()
             or peek_interpreter_stack() is not None
