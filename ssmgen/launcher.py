@@ -107,7 +107,7 @@ class Launch:
         self._block = (ctypes.c_int64 * count)(*([0] * pointers), *scalars)
         first = ctypes.addressof(self._block)
         self._table = (ctypes.c_void_p * count)(*(first + 8 * i for i in range(count)))
-        self.fill = functools.partial(struct.Struct(f"<{pointers}Q").pack_into, self._block, 0)
+        self.fill = functools.partial(struct.Struct(f"{pointers}P").pack_into, self._block, 0)
         self._function = function
         handle, params = function.handle, ctypes.addressof(self._table)
         if 0 in grid:

@@ -88,7 +88,7 @@ def causal_conv1d_update(
         out = _like(x) if x.dim() == 3 else torch.empty_like(x, memory_format=_CONTIGUOUS)
     elif out is x and (query_start_loc is not None or (x.dim() == 3 and x.shape[2] > 1)):
         _refuse_in_place()
-    update(
+    update.apply(
         (
             x, conv_state, weight, bias, out, conv_state_indices, dst_state_indices,
             query_start_loc, num_accepted_tokens, cache_seqlens,
@@ -143,7 +143,7 @@ def causal_conv1d_fn(
         out = _like(x)
     elif out is x:
         _refuse_in_place()
-    prefill(
+    prefill.apply(
         (
             x, conv_states, initial_states, weight, bias, out, cache_indices, dst_state_indices,
             has_initial_state, query_start_loc, num_accepted_tokens,

@@ -126,7 +126,7 @@ def gated_delta_rule_decode(
     )  # fmt: skip
     switches = (lower_bound, scale, use_qk_l2norm, pad_slot_id, disable_state_update,
                 philox_rounds, algorithm, pdl, cache_steps)  # fmt: skip
-    operation(tensors, switches)
+    operation.apply(tensors, switches)
     return out
 
 

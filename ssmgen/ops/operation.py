@@ -17,7 +17,7 @@ import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ..errors import ArgumentTypeError, DeviceError
 from ..families.base import Layout
@@ -83,27 +83,34 @@ class Operation:
         self._check = check
         self._rows = self.tensors.index(rows)
         self._aligned = tuple(map(self.tensors.index, aligned))
-        self._local = threading.local()
+        self._seen = _Seen()
         for device in ("CPU", "CUDA"):
             _library.impl(name, self._dispatched, device)
         torch.library.register_fake(f"ssmgen::{name}", self._on_fakes, lib=_library)
         self._registered = getattr(torch.ops.ssmgen, name)
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+    def apply(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
         """Run on the schema's tensors and switches, in its order."""
         # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
+        # An export that does not trace Python has a mode, for its fake tensors.
         if (
-            is_compiling()
+            is_dynamo_compiling()
             or _len_torch_dispatch_stack()
             or _len_torch_function_stack()
             or peek_interpreter_stack() is not None
         ):
             self._dispatch(tensors, switches)
             return
-        for call in self._local.__dict__.setdefault("recent", []):
+        for call in self._seen.recent:
             addresses = call.addresses(tensors, switches)
             if addresses is not None:
-                self._launch(call, addresses, tensors, switches)
+                if call.direct and call.device == torch._C._cuda_getDevice():
+                    # Not `launch(stream, *addresses)`: calling an object costs more than both.
+                    stream, launch = _current_stream(call.device), call.launch
+                    launch.fill(*addresses)
+                    launch.start(stream)
+                else:
+                    self._launch(call, addresses, tensors, switches)
                 return
         for name, tensor in zip(self.tensors, tensors):
             require_tensor(name, tensor)
@@ -117,10 +124,10 @@ class Operation:
         assert rows is not None
         if rows.is_cuda:
             call = self._found(tensors, switches)
-            recent = [c for c in self._local.__dict__.get("recent", ()) if c is not call]
+            recent = [c for c in self._seen.recent if c is not call]
             if call.guarded(tensors):
-                self._local.recent = [call, *recent[: RECENT - 1]]
-            self._launch(call, [*map(_data_ptr, call.given(tensors))], tensors, switches)
+                self._seen.recent = [call, *recent[: RECENT - 1]]
+            self._launch(call, tuple(map(_data_ptr, call.given(tensors))), tensors, switches)
         elif rows.is_cpu:
             with torch.no_grad():
                 self._on_cpu(self._named(tensors, switches), 0 in rows.shape)
@@ -131,7 +138,7 @@ class Operation:
     def _launch(
         self,
         call: _Call,
-        addresses: list[int],
+        addresses: tuple[int, ...],
         tensors: tuple[Tensor | None, ...],
         switches: tuple[Any, ...],
     ) -> None:
@@ -139,7 +146,7 @@ class Operation:
             assert self._check
             self._check(self._named(tensors, switches))
         if call.keep is not None:
-            addresses = [addresses[i] for i in call.keep]
+            addresses = tuple(addresses[i] for i in call.keep)
         device = call.device
         if device == torch._C._cuda_getDevice():
             call.launch(_current_stream(device), *addresses)
@@ -175,7 +182,7 @@ class Operation:
                 low |= tensor.data_ptr()
         aligned = low & 15 == 0
         key = (*name, aligned)
-        calls = self._local.__dict__.setdefault("calls", {})
+        calls = self._seen.calls
         if key not in calls:
             if len(calls) >= MAX_LAYOUTS:
                 calls.clear()
@@ -222,6 +229,14 @@ class Operation:
         self._fake({n: t for n, t in zip(self.tensors, arguments) if t is not None})
 
 
+class _Seen(threading.local):
+    """The layouts that a thread has seen."""
+
+    def __init__(self) -> None:
+        self.recent: list[_Call] = []
+        self.calls: dict[Any, _Call] = {}
+
+
 class _Call:
     """A layout that was checked: what to launch for it, and how to know it again."""
 
@@ -234,6 +249,8 @@ class _Call:
         self.device = device
         self.keep = keep
         self.checked = checked
+        # Nothing stands between the addresses and the launch.
+        self.direct = keep is None and not checked
         self._switches = switches
         self._alignable = alignable
         self._aligned = aligned
@@ -244,14 +261,14 @@ class _Call:
 
     def addresses(
         self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]
-    ) -> list[int] | None:
+    ) -> tuple[int, ...] | None:
         """Those of the tensors that are given, if this is their layout."""
         if self._switches != switches:
             return None
         given = self.given(tensors)
         if self._absent(tensors) != self._nones or not self._same(*given):
             return None
-        addresses = [*map(_data_ptr, given)]
+        addresses = tuple(map(_data_ptr, given))
         low = 0
         for i in self._alignable:
             low |= addresses[i]

@@ -123,7 +123,8 @@ def selective_state_update(
     if out is None:
         require_tensor("x", x, needed=True)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    check_out(out, x, parent_tokens)
+    elif out is x:
+        check_out(out, x, parent_tokens)
     tensors = (
         state, state_scale, x, dt, A, B, C, D, z, dt_bias, out, state_batch_indices,
         dst_state_batch_indices, rand_seed, intermediate_states_buffer, intermediate_state_indices,
@@ -131,7 +132,7 @@ def selective_state_update(
     )  # fmt: skip
     switches = (dt_softplus, pad_slot_id, disable_state_update, philox_rounds, algorithm, pdl,
                 cache_steps, precision)  # fmt: skip
-    operation(tensors, switches)
+    operation.apply(tensors, switches)
     return out
 
 

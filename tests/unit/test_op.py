@@ -253,6 +253,23 @@ def test_torch_compile_serves_other_batch_sizes():
         assert same(after["state"], wanted["state"])
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_has_the_op(strict):
+    class Step(torch.nn.Module):
+        def forward(self, tensors):
+            return ssmgen.selective_state_update(**tensors, **call.switches)
+
+    call = make("bf16")
+    after = call.copy()
+    program = torch.export.export(Step(), (call.tensors,), strict=strict)
+    op = torch.ops.ssmgen.selective_state_update.default
+    assert [node.target for node in program.graph.nodes].count(op) == 1
+    y = program.module()(after.tensors)
+    wanted = run(call)
+    assert same(y, wanted["out"])
+    assert same(after["state"], wanted["state"])
+
+
 def test_the_dispatcher_gives_the_bits_of_the_direct_call():
     for name in CALLS:
         call = called(name)

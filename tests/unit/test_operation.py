@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
+from ssu_calls import make
+from ssu_tokens import make_tokens
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ssmgen
+from ssmgen.errors import ArgumentValueError
+from ssmgen.ops import operation, ssu
 from ssmgen.ops.operation import _Call
 
 SWITCHES = (True, -1, "auto")
@@ -43,7 +53,7 @@ def replaced(at, tensor):
 def test_other_tensors_of_the_layout_are_known_by_their_own_addresses():
     call = call_for(tensors())
     others = tensors()
-    assert call.addresses(others, SWITCHES) == [t.data_ptr() for t in others if t is not None]
+    assert call.addresses(others, SWITCHES) == tuple(t.data_ptr() for t in others if t is not None)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +109,160 @@ def test_it_keeps_no_tensor_alive():
     gc.collect()
     assert seen() is None
     assert call.addresses(tensors(), SWITCHES)
+
+
+class Recorded:
+    """A launch that notes what it was asked for, in order."""
+
+    def __init__(self):
+        self.done = []
+
+    def fill(self, *addresses):
+        self.done.append(("fill", addresses))
+
+    def start(self, stream):
+        self.done.append(("start", stream))
+
+    def __call__(self, stream, *addresses):
+        self.fill(*addresses)
+        self.start(stream)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Have this thread know the layout of a call, on device 0, with a launch that is recorded.
+
+    The tensors are on the CPU: what is not known runs there, and is not recorded.
+    """
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(operation, "_current_stream", lambda device: 70 + device)
+    monkeypatch.setattr(ssu.operation, "_seen", operation._Seen())
+
+    def know(call, *, device=0, unused=(), checked=False):
+        described = {**dict.fromkeys(ssu.operation.tensors), **call.tensors}
+        switches = {"cache_steps": 0, "precision": "fast", **call.switches}
+        given = tuple(described[n] for n in ssu.operation.tensors)
+        at = [i for i, t in enumerate(given) if t is not None]
+        used = [n for n in ssu.operation.tensors if n in call.tensors and n not in unused]
+        launch = Recorded()
+        seen = _Call(
+            launch=launch, device=device,
+            switches=tuple(switches[n] for n in ssu.operation.switches), at=at,
+            absent=[i for i, t in enumerate(given) if t is None],
+            keep=[at.index(ssu.operation.tensors.index(n)) for n in used] if unused else None,
+            alignable=[], aligned=True, checked=checked,
+        )  # fmt: skip
+        assert seen.guarded(given)
+        ssu.operation._seen.recent = [seen]
+        return launch, tuple(call.tensors[n].data_ptr() for n in used)
+
+    return know
+
+
+def test_a_known_call_launches_its_addresses_on_the_current_stream(known):
+    call = make("fp32")
+    launch, addresses = known(call)
+    assert ssmgen.selective_state_update(**call.arguments()) is call["out"]
+    assert launch.done == [("fill", addresses), ("start", 70)]
+
+
+def test_of_a_known_call_only_what_the_kernel_has_is_launched(known):
+    call = make("fp32")
+    launch, addresses = known(call, unused=["dt_bias"])
+    ssmgen.selective_state_update(**call.arguments())
+    assert launch.done == [("fill", addresses), ("start", 70)]
+
+
+def test_a_known_call_on_another_device_is_launched_there(known, monkeypatch):
+    call = make("fp32")
+    launch, addresses = known(call, device=1)
+
+    @contextlib.contextmanager
+    def entered(device):
+        launch.done.append(("enter", device))
+        yield
+        launch.done.append(("leave", device))
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    ssmgen.selective_state_update(**call.arguments())
+    assert launch.done == [("enter", 1), ("fill", addresses), ("start", 71), ("leave", 1)]
+
+
+def test_under_ssmgen_check_a_known_call_is_checked_before_it_is_launched(known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    call = make("fp32")
+    launch, _ = known(call, checked=True)
+    call["state_batch_indices"][0] = len(call["state"])
+    with pytest.raises(ArgumentValueError, match="state_batch_indices"):
+        ssmgen.selective_state_update(**call.arguments())
+    assert not launch.done
+
+
+def test_a_path_of_a_tree_over_x_is_refused_whatever_layouts_are_known(monkeypatch):
+    applied = []
+    monkeypatch.setattr(ssu.operation, "apply", lambda *arguments: applied.append(arguments))
+    call = make_tokens("fp32", tokens=3, parents=[[-1, 0, 1]] * 3)
+    ssmgen.selective_state_update(**call.arguments())
+    assert len(applied) == 1
+    with pytest.raises(ArgumentValueError, match="out: found x itself"):
+        ssmgen.selective_state_update(**{**call.arguments(), "out": call["x"]})
+    assert len(applied) == 1
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Called(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def traced(step):
+    torch._dynamo.reset()
+    torch.compile(step, fullgraph=True, backend="eager")()
+
+
+def batched(step):
+    def one(x):
+        step()
+        return x
+
+    torch.vmap(one)(torch.zeros(2))
+
+
+def faked():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def under(mode):
+    def run(step):
+        with mode():
+            step()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "how", [traced, batched, under(Dispatched), under(Called), under(faked)],
+    ids=["compile", "functorch", "dispatch mode", "function mode", "fake mode"],
+)  # fmt: skip
+def test_a_known_call_that_others_watch_goes_through_the_dispatcher(known, how):
+    call = make("fp32")
+    launch, _ = known(call)
+    ssmgen.selective_state_update(**call.arguments())
+    assert len(launch.done) == 2
+    how(lambda: ssmgen.selective_state_update(**call.arguments()))
+    assert len(launch.done) == 2
+
+
+def test_what_one_thread_has_seen_another_has_not(known):
+    call = make("fp32")
+    launch, _ = known(call)
+    other = threading.Thread(target=lambda: ssmgen.selective_state_update(**call.arguments()))
+    other.start()
+    other.join()
+    assert not launch.done
+    ssmgen.selective_state_update(**call.arguments())
+    assert launch.done
