@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TORCH := $(if $(wildcard /dev/nvidiactl),2.11.0,2.13.0)
 
-ifneq ($(filter demo test test-all test-gpu sanitize bench golden,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test test-all test-gpu sanitize memcheck racecheck bench golden,$(MAKECMDGOALS)),)
 SEES_GPU := $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo yes)
 endif
 
@@ -22,7 +22,7 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu sanitize lint bench golden clean
+.PHONY: help demo test test-all test-gpu sanitize memcheck racecheck lint bench golden clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,10 @@ test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 SANITIZER = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no \
 	--kernel-name kns=ssu_,kns=gdn_,kns=conv1d_ --require-cuda-init no --error-exitcode 1
 
-sanitize: $(READY)  ## Run every form of kernel under compute-sanitizer: memcheck, then racecheck.
-	@$(SANITIZER) --tool memcheck env $(RUN) tests/gpu/sanitize.py
-	@$(SANITIZER) --tool racecheck env $(RUN) tests/gpu/sanitize.py
+sanitize: memcheck racecheck  ## Run every form of kernel under compute-sanitizer's two tools.
+
+memcheck racecheck: $(READY)
+	@$(SANITIZER) --tool $@ env $(RUN) tests/gpu/sanitize.py
 
 bench: $(READY)  ## Measure everything on this GPU; writes benchmarks/results/.
 	@$(RUN) -c 'from ssmgen.cli import main; main()' bench all --out benchmarks/results
