@@ -105,19 +105,15 @@ def gdn_simple(
     v_ = tl.load(v_rows + rows).to(tl.float32)
     a_ = tl.load(a_head).to(tl.float32)
     b_ = tl.load(b_head).to(tl.float32)
-    q_scale = tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
-    k_scale = tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
+    q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
+    k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
     a_ += bias
     decay = tl.exp(rate * softplus(a_))
     beta = sigmoid(b_)
-    # o = S'' q = S' q + delta (k . q): no sum waits for another.
-    hk = tl.sum(h * k_[None, :], axis=1)
-    hq = tl.sum(h * q_[None, :], axis=1)
-    kq = tl.sum(k_ * q_, axis=0)
-    delta = beta * tl.fma(-decay * k_scale, hk, v_)
-    o = tl.fma(delta, k_scale * q_scale * kq, decay * q_scale * hq)
-    k_ *= k_scale
-    h = tl.fma(delta[:, None], k_[None, :], h * decay)
+    h *= decay
+    delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
+    h = tl.fma(delta[:, None], k_[None, :], h)
+    o = tl.sum(h * q_[None, :], axis=1)
     o = tl.where(live, o, 0.0)
     tl.store(out_rows + rows, o.to(tl.bfloat16))
     tl.store(tile + offsets, h, mask=live)

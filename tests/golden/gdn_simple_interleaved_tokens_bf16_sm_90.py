@@ -146,19 +146,15 @@ def gdn_simple(
         v_next = tl.load(v_rows + upcoming * v_token_stride + rows)
         a_next = tl.load(a_head + upcoming * a_token_stride)
         b_next = tl.load(b_head + upcoming * b_token_stride)
-        q_scale = tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
-        k_scale = tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
+        q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
+        k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
         a_ += bias
         decay = tl.exp(rate * softplus(a_))
         beta = sigmoid(b_)
-        # o = S'' q = S' q + delta (k . q): no sum waits for another.
-        hk = tl.sum(h * k_[None, :], axis=1)
-        hq = tl.sum(h * q_[None, :], axis=1)
-        kq = tl.sum(k_ * q_, axis=0)
-        delta = beta * tl.fma(-decay * k_scale, hk, v_)
-        o = tl.fma(delta, k_scale * q_scale * kq, decay * q_scale * hq)
-        k_ *= k_scale
-        h = tl.fma(delta[:, None], k_[None, :], h * decay)
+        h *= decay
+        delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
+        h = tl.fma(delta[:, None], k_[None, :], h)
+        o = tl.sum(h * q_[None, :], axis=1)
         o = tl.where(live, o, blank)
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))
         dst_at = dst_row + token * dst_slots_column_stride

@@ -153,22 +153,17 @@ def gdn_simple(
         a_at = a_head + upcoming * a_token_stride + cols * a_channel_stride
         a_next = tl.load(a_at, mask=cols < K, other=0.0)
         b_next = tl.load(b_head + upcoming * b_token_stride)
-        q_scale = tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
-        k_scale = tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
+        q_ *= tl.rsqrt(tl.sum(q_ * q_, axis=0) + 1e-6) * scale
+        k_ *= tl.rsqrt(tl.sum(k_ * k_, axis=0) + 1e-6)
         a_ += bias
         decay = tl.exp(lower_bound * sigmoid(rate * a_))
         # An infinite rate makes NaN of the zeros beyond K.
         decay = tl.where(cols < K, decay, 1.0)
         beta = sigmoid(b_)
         h *= decay[None, :]
-        # o = S'' q = S' q + delta (k . q): no sum waits for another.
-        hk = tl.sum(h * k_[None, :], axis=1)
-        hq = tl.sum(h * q_[None, :], axis=1)
-        kq = tl.sum(k_ * q_, axis=0)
-        delta = beta * tl.fma(-k_scale, hk, v_)
-        o = tl.fma(delta, k_scale * q_scale * kq, q_scale * hq)
-        k_ *= k_scale
-        h = tl.where((cols < K)[None, :], tl.fma(delta[:, None], k_[None, :], h), 0.0)
+        delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
+        h = tl.where((cols < K)[None, :], tl.fma(delta[:, None], k_[None, :], h), h)
+        o = tl.sum(h * q_[None, :], axis=1)
         o = tl.where(live, o, blank)
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))
     octet_cols = tl.arange(0, 16)
