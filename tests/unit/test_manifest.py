@@ -193,6 +193,8 @@ REAL = {
     *("nemotron-h-8b", "nemotron-h-47b", "nemotron-h-56b", "nemotron-3-nano", "nemotron-3-super"),
     *("nemotron-nano-9b-v2", "nemotron-nano-12b-v2", "falcon-h1-0.5b", "falcon-h1-34b"),
     *("falcon-mamba-7b", "jamba-mini"),
+    *("qwen3-next-80b-a3b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3.5-397b-a17b"),
+    "kimi-linear-48b-a3b",
 }
 MAMBA = [(m, model) for m, model in MODELS if "d_state" in model.facts]
 OF_MAMBA = [m for m in shipped() if any("d_state" in model.facts for model in m.models)]
