@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import resources
+from . import families, resources
 from .config import KernelConfig, once
 from .errors import ConfigError, ConfigTypeError
+from .families.layers import Layers
 
 __all__ = ["SCHEMA", "Manifest", "Model", "find", "read", "shipped"]
 
@@ -26,18 +27,13 @@ SCHEMA = 1
 
 _FIELDS = ("schema", "source", "models", "tensor_parallel", "common", "configs")
 _MODEL = ("name", "repositories", "facts")
-_FACTS = ("layers", "conv_width", "d_state")
-_MAMBA2 = ("nheads", "head_dim", "n_groups")
-_MAMBA1 = ("dim",)
+_FACTS = ("layers", "conv_width")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a manifest serves, and the facts of its mamba layers.
-
-    Mamba2 layers have ``nheads``, ``head_dim`` and ``n_groups``; Mamba1 layers have ``dim`` rows
-    without heads. All have ``d_state`` and ``conv_width``. ``mamba_layers`` of the ``layers`` are
-    such, if that is known.
+    """A model that a manifest serves, and the facts of its recurrent layers: ``conv_width``, and
+    what their family wants to know (`families.layers`). ``layers`` are all that the model has.
     """
 
     name: str
@@ -45,30 +41,22 @@ class Model:
     facts: dict[str, int]
 
     def rank(self, size: int) -> dict[str, int]:
-        """What one of `size` tensor-parallel ranks has. Raises `ConfigError` if it cannot be cut.
+        """What one of `size` tensor-parallel ranks has. Raises `ConfigError` if there is no even
+        cut."""
+        try:
+            return _kind(self.facts).rank(self.facts, size)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
 
-        Heads are dealt out evenly. So are groups where they divide; where there are fewer groups
-        than ranks, each rank has a copy of the one group its heads belong to.
-        """
-        facts = self.facts
-        whole = "nheads" if "nheads" in facts else "dim"
-        if facts[whole] % size:
-            raise ConfigError(f"{self.name}: {size} ranks do not divide {facts[whole]} {whole}")
-        part = {whole: facts[whole] // size}
-        if whole == "nheads":
-            groups = facts["n_groups"]
-            if groups % size and size % groups:
-                raise ConfigError(f"{self.name}: {size} ranks do not divide {groups} groups")
-            part["n_groups"] = max(1, groups // size)
-        return part
+    def needs(self, size: int) -> tuple[dict[str, Any], ...]:
+        """Fields of the configs that one of `size` ranks must find, a config for each of them."""
+        return _kind(self.facts).needs({**self.facts, **self.rank(size)})
 
-    def shape(self, size: int) -> tuple[int, int]:
-        """``(dim, dstate)`` of the kernel that serves one of `size` ranks."""
-        part = self.rank(size)
-        if "dim" not in part:
-            return self.facts["head_dim"], self.facts["d_state"]
-        # A headless state is cut into heads of a power of two rows, at most 64.
-        return min(64, part["dim"] & -part["dim"]), self.facts["d_state"]
+
+def _kind(facts: Iterable[str]) -> Layers:
+    """The kind of layers that has most of these facts."""
+    kinds = [kind for name in families.names() for kind in families.spec(name).layers]
+    return max(kinds, key=lambda kind: len(set(facts) & set(kind.facts)))
 
 
 @dataclass(frozen=True)
@@ -149,23 +137,21 @@ def _expand(entry: dict[str, Any], where: str) -> Iterable[KernelConfig]:
 
 
 def _check_models(manifest: Manifest) -> None:
-    """Every rank of every model must find its shape among the configs."""
-    shapes = {
-        (getattr(c, "dim", None), getattr(c, "dstate", None), getattr(c, "tie_hdim", None))
-        for c in manifest.configs
-    }
+    """Every rank of every model must find its shapes among the configs."""
+    there = [config.fields() for config in manifest.configs]
     for model in manifest.models:
-        tied = "nheads" in model.facts
         for size in manifest.tensor_parallel:
             try:
-                dim, dstate = model.shape(size)
+                needs = model.needs(size)
             except ConfigError as error:
                 raise ConfigError(f"{manifest.origin}: {error}") from None
-            if (dim, dstate, tied) not in shapes:
-                raise ConfigError(
-                    f"{manifest.origin}: {model.name} over {size} ranks needs dim={dim}, "
-                    f"dstate={dstate}, tie_hdim={tied}; no config has these"
-                )
+            for wanted in needs:
+                if not any(wanted.items() <= fields.items() for fields in there):
+                    said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+                    raise ConfigError(
+                        f"{manifest.origin}: {model.name} over {size} ranks needs {said}; no "
+                        "config has these"
+                    )
 
 
 def _model(entry: Any, where: str) -> Model:
@@ -176,9 +162,9 @@ def _model(entry: Any, where: str) -> Model:
         _require(repository, str, f"{where}: repositories[{i}]", "a string")
     facts = entry["facts"]
     _require(facts, dict, f"{where}: facts", "an object")
-    shape = _MAMBA1 if "dim" in facts else _MAMBA2
-    required = (*_FACTS, *shape)
-    _fields(facts, f"{where}: facts", (*required, "mamba_layers"), required)
+    kind = _kind(facts)
+    required = (*_FACTS, *kind.facts)
+    _fields(facts, f"{where}: facts", (*required, kind.counts), required)
     for name, value in facts.items():
         _positive(value, f"{where}: facts: {name}")
     return Model(entry["name"], tuple(repositories), facts)

@@ -246,9 +246,7 @@ def _list_models(as_json: bool) -> None:
     width = max(len(m["name"]) for m in models)
     for m in models:
         facts = m["facts"]
-        shape = ", ".join(
-            f"{k} {v}" for k, v in facts.items() if k not in ("layers", "mamba_layers")
-        )
+        shape = ", ".join(f"{k} {v}" for k, v in facts.items() if not k.endswith("layers"))
         typer.echo(f"{m['name']:{width}}  {m['configs']} configs  {shape}")
 
 

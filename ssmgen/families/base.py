@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cost import Work
+from .layers import Layers
 
 if TYPE_CHECKING:
     from ..arch import Arch
@@ -60,6 +61,8 @@ class Family(ABC):
     # that models have, the most first.
     sizes: tuple[int, ...] = (16, *(2**k for k in range(6, 17)))
     heads: tuple[int, ...] = (128, 16)
+    # Kinds of layers that models have of it, as manifests describe them.
+    layers: tuple[Layers, ...] = ()
     # Whether the compiler may fuse products and sums as it likes. Where it may not, the bits of a
     # formula do not depend on what stands around it, and ``tl.fma`` says what is fused.
     fuses: bool = True

@@ -18,13 +18,13 @@ TOKENS = (2, 4, 6)
 
 def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     """`configs`, of the manifests, and what these do not name: drafts on the states that they do,
-    in the reference shape, and gated delta nets with the convolutions of 16-bit layers."""
-    found = list(configs)
-    states = dict.fromkeys(
-        (c.state_dtype, c.rounding, c.philox_rounds) for c in found if isinstance(c, SsuConfig)
-    )
-    for state, rounding, rounds in states:
-        found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
+    in the reference shape. Of the gated delta nets, and the convolutions of 16-bit layers, the
+    plainest come first, so that they stand for those that share a key with them. Prefill is left
+    out: its table is written by hand."""
+    given = [c for c in configs if not (isinstance(c, Conv1dConfig) and c.prefill)]
+    found: list[KernelConfig] = [
+        GdnConfig(state_layout="KV", gate="given", a_dtype="fp32", index_dtype=None)
+    ]
     verify: dict[str, Any] = {
         "ntokens": 4,
         "has_dst": True,
@@ -35,6 +35,12 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
         for fields in (dict[str, Any](), verify):
             found.append(GdnConfig(state_dtype=state, rounding=rounding, **fields))
     found += [Conv1dConfig(), Conv1dConfig(many=True, accepted_dtype="int32")]
+    found += given
+    states = dict.fromkeys(
+        (c.state_dtype, c.rounding, c.philox_rounds) for c in given if isinstance(c, SsuConfig)
+    )
+    for state, rounding, rounds in states:
+        found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
     return list(dict.fromkeys(found))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...cost import Work
 from ..base import Argument, Family, Layout
 from .config import ITEMSIZE, GdnConfig
+from .layers import DeltaNet, Kda
 from .work import work
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ REFERENCE_K, REFERENCE_V = 128, 128
 
 class Gdn(Family):
     name = "gdn"
+    layers = (DeltaNet(), Kda())
     fuses = False  # T tokens in one call have the bits of T calls
 
     def arguments(self, config: GdnConfig) -> tuple[Argument, ...]:  # type: ignore[override]

@@ -9,6 +9,7 @@ from ..base import Argument, Family, Layout
 from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
 from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, next_power_of_2
+from .layers import Mamba1, Mamba2
 from .work import work
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = ["FAMILY", "Ssu", "SsuConfig"]
 
 class Ssu(Family):
     name = "ssu"
+    layers = (Mamba2(), Mamba1())
 
     def arguments(self, config: SsuConfig) -> tuple[Argument, ...]:  # type: ignore[override]
         align = 16 if config.aligned else 1
