@@ -8,7 +8,7 @@ import pytest
 from cases import covering
 from ssu_calls import ROUNDINGS, SCALED, SERVED
 
-from ssmgen import Arch, KernelConfig, compiler
+from ssmgen import Arch, KernelConfig, Plan, compiler
 from ssmgen.arch import KNOWN
 from ssmgen.families.ssu.config import ITEMSIZE
 from ssmgen.plan import dispatch
@@ -20,6 +20,7 @@ from ssmgen.template import TRITON_TYPES, key
 GUESSED, MOST = 65536 // (12 * 32), 255
 MEASURED = {"sm_90"}
 
+ROUNDED = ("fp16", "bf16", "int16", "int8", "fp8_e4m3fn")
 NO_PDL = {"sm_80", "sm_86", "sm_89"}
 CVT_RS = {"sm_100", "sm_103"}
 # Each generation, and those whose code differs from it by little.
@@ -135,6 +136,20 @@ def test_aligned_states_move_16_bytes_a_time(algorithm, state, rounding, sizes):
     assert found.wide_loads >= found.tile
     assert found.wide_stores >= found.tile
     assert found.wide_stores % found.tile == 0
+
+
+@pytest.mark.parametrize("arch", GENERATIONS)
+@pytest.mark.parametrize("state", ROUNDED)
+@pytest.mark.parametrize(("algorithm", "warps"), [("simple", 1), ("simple", 4), ("vertical", 1)])
+def test_no_random_bits_pass_between_threads(arch, state, algorithm, warps):
+    """Each thread computes those of the elements it holds."""
+    plan = Plan(algorithm=algorithm, block_m=8 * warps, block_n=128, num_warps=warps)
+    nearest, stochastic = (
+        compiled(KernelConfig(state_dtype=state, rounding=rounding), plan, arch)
+        for rounding in ("nearest", "stochastic")
+    )
+    for exchange in ("shfl.sync.idx", "bar.sync", "ld.shared"):
+        assert stochastic.ptx.count(exchange) <= nearest.ptx.count(exchange), exchange
 
 
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)

@@ -51,9 +51,17 @@ def random_words(seed, octet, token, slot, head):
         c3 = a.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    words = words.reshape(octet.shape[0], octet.shape[1], 4)
-    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 8)
+    return tl.join(tl.join(c0, c2), tl.join(c1, c3))
+
+
+@triton.jit
+def random_bits(seed, octet, token, slot, head):
+    # Of each even octet and the odd one after it: a thread has 16 bytes of a row, so it computes
+    # the bits of both, and none change hands.
+    even = random_words(seed, octet, token, slot, head)
+    odd = random_words(seed, octet + 1, token, slot, head)
+    words = tl.join(even, odd).permute(0, 1, 4, 2, 3)
+    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 16)
 
 
 @triton.jit
@@ -225,8 +233,8 @@ def ssu_simple(
         kept = live & (dst >= 0) & (dst != pad_slot_id)
         dst_pool = state + dst * state_slot_stride + head * (DIM * DSTATE)
         dst_pool_scale = state_scale + dst * scale_slot_stride + head * DIM
-        octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]
-        bits = random_words(seed_, octets, token, dst, head)
+        octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 8)[None, :] * 2
+        bits = random_bits(seed_, octets, token, dst, head)
         encode, scale = row_scale(h)
         new = encode_state(h, encode[:, None], bits)
         tl.store(dst_pool + first * DSTATE + offsets, new, mask=kept)

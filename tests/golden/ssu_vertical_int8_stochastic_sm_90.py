@@ -51,9 +51,17 @@ def random_words(seed, octet, token, slot, head):
         c3 = a.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    words = words.reshape(octet.shape[0], octet.shape[1], 4)
-    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 8)
+    return tl.join(tl.join(c0, c2), tl.join(c1, c3))
+
+
+@triton.jit
+def random_bits(seed, octet, token, slot, head):
+    # Of each even octet and the odd one after it: a thread has 16 bytes of a row, so it computes
+    # the bits of both, and none change hands.
+    even = random_words(seed, octet, token, slot, head)
+    odd = random_words(seed, octet + 1, token, slot, head)
+    words = tl.join(even, odd).permute(0, 1, 4, 2, 3)
+    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 16)
 
 
 @triton.jit
@@ -161,8 +169,8 @@ def ssu_vertical(
         y += x_ * D_
         out_rows = out + batch * out_row_stride + head * out_head_stride + first
         tl.store(out_rows + rows, y.to(tl.bfloat16))
-        octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]
-        bits = random_words(seed_, octets, 0, dst, head)
+        octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 8)[None, :] * 2
+        bits = random_bits(seed_, octets, 0, dst, head)
         encode, scale = row_scale(h)
         new = encode_state(h, encode[:, None], bits)
         tile = dst_pool + first * DSTATE

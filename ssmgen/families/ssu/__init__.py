@@ -113,6 +113,7 @@ class Ssu(Family):
             "qmax": {"int16": 32767, "int8": 127, "fp8_e4m3fn": 448}.get(config.state_dtype),
             "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
             "hardware_fp8": arch.fp8,
+            "paired_octets": ITEMSIZE[config.state_dtype] == 1 and plan.block_n >= 16,
             "tokens_block": next_power_of_2(config.ntokens),
             "mask_rows": config.dim % plan.block_m != 0,
             "mask_cols": config.dstate % plan.block_n != 0,
