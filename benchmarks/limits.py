@@ -53,25 +53,19 @@ KEPT = (
 def launch() -> None:
     import torch
 
-    from ssmgen.bench.contestants import adapter
     from ssmgen.bench.grid import config_of
     from ssmgen.bench.problem import make
 
     for label, heads, batch, fields in CELLS.values():
         problem = make(config_of(label, **fields), batch, heads)
-        calls = [problem.call(which) for which in range(problem.sets)]
-        if problem.times > 1:
-            calls += adapter("copy", "ssu")(problem)[:1]
-        for call in calls:
-            call()
+        for which in range(problem.sets):
+            problem.launch(which)
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        calls[0]()
-        if problem.times > 1:
-            calls[-1]()
+        problem.launch(0)
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        del problem, calls
+        del problem
 
 
 def read(source: Path, target: Path) -> None:
@@ -83,12 +77,9 @@ def read(source: Path, target: Path) -> None:
         found = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
         if row["Metric Name"] in KEPT:
             found[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
-    names = []
-    for name, (*_, fields) in CELLS.items():
-        names += [name, f"{name}: copy"] if fields else [name]
-    if len(names) != len(launches):
-        raise SystemExit(f"{source}: {len(launches)} launches found, {len(names)} expected")
-    target.write_text(json.dumps(dict(zip(names, launches.values())), indent=1) + "\n")
+    if len(CELLS) != len(launches):
+        raise SystemExit(f"{source}: {len(launches)} launches found, {len(CELLS)} expected")
+    target.write_text(json.dumps(dict(zip(CELLS, launches.values())), indent=1) + "\n")
 
 
 def main() -> None:

@@ -41,15 +41,18 @@ def copy(problem: Problem) -> Calls:
     """
     import torch
 
+    from .spread import ALIGNED, spread
+
     times = problem.times
     rows = 1 if times == 1 else problem.batch
-    count = max(1, problem.bytes // (4 * rows * (1 + times)))
+    count = problem.bytes // (4 * rows * (1 + times))
+    if times > 1:
+        count -= count % ALIGNED
+    count = max(1, count)
     turns = min(problem.sets, -(-POOL_BYTES // (4 * rows * count)))
     sources = targets = torch.randn(turns, rows, count, device=problem.device)
     write: Callable[..., Any] = torch.neg
     if times > 1:
-        from .spread import spread
-
         targets = torch.empty(turns, rows, times, count, device=problem.device)
         write = spread
     return [

@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["spread"]
+__all__ = ["ALIGNED", "spread"]
 
-# Elements of a program, 16 a thread.
-BLOCK, WARPS = 2048, 4
+# Elements of a program; of those that were measured, no other size is faster.
+BLOCK = 1024
+# Rows of a multiple of so many elements are moved 16 bytes at a time.
+ALIGNED = 16
 
 
 @triton.jit
@@ -30,6 +32,6 @@ def spread(source: torch.Tensor, *, out: torch.Tensor) -> None:
     rows, times, count = out.shape
     if source.is_cuda:
         kernel: Any = _rows[(-(-count // BLOCK), rows)]
-        kernel(source, out, count, times, BLOCK, num_warps=WARPS)
+        kernel(source, out, count, times, BLOCK, num_warps=1)
     else:
         out.copy_(source.unsqueeze(1).expand_as(out))
