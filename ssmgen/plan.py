@@ -33,7 +33,9 @@ class Plan:
     with ``num_warps`` warps and, where it walks, ``num_stages`` tiles in flight. ``split``
     programs share the rows of one head in the vertical algorithm. With ``evict_first`` the new
     state is the first to leave the L2. ``maxnreg`` caps the registers of a thread, so that more
-    programs fit.
+    programs fit. With programmatic dependent launch, an ``early`` plan loads the state while the
+    kernel ahead still runs (ssu, gdn), and lets the kernel behind start before its own inputs are
+    there (conv1d); one that is not early leaves the memory to the kernel ahead.
     """
 
     algorithm: str
@@ -44,6 +46,7 @@ class Plan:
     split: int = 1
     evict_first: bool = False
     maxnreg: int | None = None
+    early: bool = True
 
     def __post_init__(self) -> None:
         algorithm = plain(self.algorithm)
@@ -60,8 +63,10 @@ class Plan:
             if name in ("block_m", "block_n", "num_warps") and value & (value - 1):
                 raise ConfigError(f"plan.{name}: {value!r} is not a power of two")
             object.__setattr__(self, name, value)
-        if type(self.evict_first) is not bool:
-            raise ConfigError(f"plan.evict_first: {shown(self.evict_first)} is not a bool")
+        for name in ("evict_first", "early"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ConfigError(f"plan.{name}: {shown(value)} is not a bool")
         cap = plain(self.maxnreg)
         if cap is not None and (type(cap) is not int or cap not in range(16, 256)):
             raise ConfigError(f"plan.maxnreg: {shown(cap)} is not None or 16 to 255")
@@ -81,6 +86,8 @@ class Plan:
             text += " evict_first"
         if self.maxnreg:
             text += f" maxnreg={self.maxnreg}"
+        if not self.early:
+            text += " late"
         return text
 
 

@@ -15,6 +15,7 @@ import torch
 from ..ops.conv1d import causal_conv1d_update
 from .grid import config_of, gdn_config
 from .measure import cold, interleaved
+from .problem import POOL_BYTES, Launch, Problem
 from .problems.gdn import GdnProblem
 from .problems.ssu import SsuProblem
 from .report import line
@@ -22,7 +23,7 @@ from .report import line
 if TYPE_CHECKING:
     from .session import Session
 
-__all__ = ["Links", "chain"]
+__all__ = ["Links", "chain", "in_chain"]
 
 WIDTH = 4
 # What an op is called here, its problem, and the heads of its layers on one GPU and on several.
@@ -91,6 +92,45 @@ class Links:
             return fault
         off = ((p.packed.double() - exact).abs() - 2.0**-7 * exact.abs()).max().item()
         return "" if off <= 1e-4 else f"output of the conv off by {off:.2e}"
+
+
+def in_chain(problem: Problem, pool_bytes: int = POOL_BYTES) -> Callable[[Launch], Launch]:
+    """What puts launches with PDL where models have them: behind the convolution that writes the
+    op's input; those of a convolution ahead of a gated delta net as wide as it. Of rows with
+    several tokens, of chunks, or without slots it leaves them alone."""
+    config: Any = problem.config
+    alone = config.many or config.index_dtype is None or getattr(config, "accepted_dtype", None)
+    if not config.pdl or alone:
+        return lambda launch: launch
+    if isinstance(problem, SsuProblem | GdnProblem):
+        links = Links(problem)
+
+        def behind(launch: Launch) -> Launch:
+            def both(which: int) -> None:
+                links.conv(which, True)
+                launch(which)
+
+            return both
+
+        return behind
+    # q and k of half as many heads as v, of 128 each.
+    net = GdnProblem(
+        gdn_config("fp32", pdl=True),
+        problem.batch,
+        max(1, problem.nheads // 256),
+        device=problem.device,
+        pool_bytes=pool_bytes,
+    )
+    calls = [net.call(which) for which in range(net.sets)]
+
+    def ahead(launch: Launch) -> Launch:
+        def both(which: int) -> None:
+            launch(which)
+            calls[which % len(calls)]()
+
+        return both
+
+    return ahead
 
 
 def chain(session: Session, result: dict[str, Any]) -> None:

@@ -267,17 +267,16 @@ def _faults(cells: Iterable[Cell]) -> list[str]:
 def _chain_tables(result: Result, wanted: Wanted) -> list[Table]:
     cells = [cell for cell in result["cells"] if wanted.takes(cell)]
     found = []
-    # Older results have one chain, and do not name it.
-    for op in dict.fromkeys(cell.get("op") for cell in cells):
-        chosen = [cell for cell in cells if cell.get("op") == op]
+    for op in dict.fromkeys(cell["op"] for cell in cells):
+        chosen = [cell for cell in cells if cell["op"] == op]
         names = list(dict.fromkeys(name for cell in chosen for name in cell["us"]))
         rows = [
             [cell["heads"], cell["batch"],
              *(f"{cell['us'][n]:.2f}" if n in cell["us"] else "wrong" for n in names)]
             for cell in chosen
         ]  # fmt: skip
-        title = f"conv and {op}" if op else ""
-        found.append(Table(title, ["heads", "batch", *names], rows, _faults(chosen)))
+        columns = ["heads", "batch", *names]
+        found.append(Table(f"conv and {op}", columns, rows, _faults(chosen)))
     return found
 
 

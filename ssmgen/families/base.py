@@ -91,20 +91,29 @@ class Family(ABC):
         """Plans worth timing, written as in a dispatch table; those that do not fit are left out.
 
         By default: simple tiles of 4 to 64 rows in 1 to 8 warps, the new state first to leave the
-        L2 or not.
+        L2 or not, and with PDL the state loaded early or not.
         """
         from ..plan import Plan
 
         return [
-            Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=warps, evict_first=evict)
+            Plan(
+                algorithm="simple",
+                block_m=rows,
+                block_n=128,
+                num_warps=warps,
+                evict_first=evict,
+                early=early,
+            )
+            for early in ((True, False) if config.pdl else (True,))
             for evict in (False, True)
             for rows in (4, 8, 16, 32, 64)
             for warps in (1, 2, 4, 8)
         ]
 
     def shortlist(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
-        """The few candidates that the cost model chooses among where nothing was measured."""
-        return self.candidates(config, arch)
+        """The few candidates that the cost model chooses among where nothing was measured. It knows
+        nothing of the kernel ahead."""
+        return [plan for plan in self.candidates(config, arch) if plan.early]
 
     def work(self, config: KernelConfig, plan: Plan) -> Work:
         """What `plan` makes one program do, for the cost model.

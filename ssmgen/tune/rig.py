@@ -52,7 +52,8 @@ class Rig(Protocol):
         self, config: KernelConfig, batch: int, nheads: int, plans: Sequence[Plan]
     ) -> AbstractContextManager[Bench]:
         """Make inputs and load `plans`, which are compiled already; ``wrong`` of what is returned
-        says which of them give wrong results, and how."""
+        says which of them give wrong results, and how. With PDL plans are timed in a chain, with
+        the kernel that models have ahead of them or behind."""
 
 
 class GpuRig:
@@ -81,6 +82,7 @@ class GpuRig:
     ) -> Iterator[_GpuBench]:
         import torch
 
+        from ..bench.chain import in_chain
         from ..bench.problem import make, planned
         from ..timing import warm_clocks
 
@@ -89,14 +91,16 @@ class GpuRig:
             self._warm = True
         device = torch.cuda.current_device()
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        problem = make(config, batch, nheads, pool_bytes=int(POOL * cache))
+        pool = int(POOL * cache)
+        problem = make(config, batch, nheads, pool_bytes=pool)
+        placed = in_chain(problem, pool)
         launches = {}
         for plan in plans:
             launch = planned(problem, load(build(config, plan, self.arch), device), plan)
             # A plan is right or wrong at any size: the first one tells.
             if (config, plan) not in self._judged:
                 self._judged[config, plan] = problem.verify(launch, rows=2)
-            launches[plan] = launch
+            launches[plan] = placed(launch)
         wrong = {plan: why for plan in plans if (why := self._judged[config, plan])}
         yield _GpuBench(
             {plan: launch for plan, launch in launches.items() if plan not in wrong},

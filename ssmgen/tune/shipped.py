@@ -25,6 +25,7 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     found: list[KernelConfig] = [
         GdnConfig(state_layout="KV", gate="given", a_dtype="fp32", index_dtype=None)
     ]
+    chained: dict[str, Any] = {"pdl": True}
     verify: dict[str, Any] = {
         "ntokens": 4,
         "has_dst": True,
@@ -32,9 +33,10 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
         "accepted_dtype": "int32",
     }
     for state, rounding in (("fp32", "nearest"), ("bf16", "nearest"), ("bf16", "stochastic")):
-        for fields in (dict[str, Any](), verify):
+        for fields in (dict[str, Any](), chained, verify):
             found.append(GdnConfig(state_dtype=state, rounding=rounding, **fields))
-    found += [Conv1dConfig(), Conv1dConfig(many=True, accepted_dtype="int32")]
+    found += [Conv1dConfig(), Conv1dConfig(**chained),
+              Conv1dConfig(many=True, accepted_dtype="int32")]  # fmt: skip
     found += given
     states = dict.fromkeys(
         (c.state_dtype, c.rounding, c.philox_rounds) for c in given if isinstance(c, SsuConfig)

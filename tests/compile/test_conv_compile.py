@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -173,6 +174,16 @@ def test_window_and_taps_are_loaded_before_the_dependency_wait(form, smallest):
     assert found.count("ld", ptx=after) == found.turns * tokens * channel
     assert "st.global" not in before
     assert "st.global" in after
+
+
+@pytest.mark.parametrize("form", ["one", "many accepted"])
+def test_a_late_plan_lets_nobody_start_before_it_has_ended(form):
+    config, arch = KernelConfig(family="conv1d", **FORMS[form], pdl=True), Arch.of("sm_90")
+    early = dispatch(config, arch)[-1].plan
+    found = Compiled(config, dataclasses.replace(early, early=False), arch)
+    assert "griddepcontrol.wait" in found.ptx
+    assert "griddepcontrol.launch_dependents" not in found.ptx
+    assert found.manifest["spills"] == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ instructions meant."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -112,6 +113,17 @@ def test_the_state_is_loaded_before_the_dependency_wait_and_nothing_stored(kind,
         assert "st.global" not in before
         # q, k, v, a and b come from the kernel ahead.
         assert len(re.findall(r"ld\.global", after)) >= 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "accepted, one token", "a destination a token"])
+def test_a_late_plan_reads_no_state_before_it_waits(kind):
+    config = config_of("fp32", pdl=True, **KINDS.get(kind, {}))
+    early = dispatch(config, Arch.of("sm_90"))[-1].plan
+    found = compiled(config, dataclasses.replace(early, early=False), "sm_90")
+    before, after = found.ptx.split("griddepcontrol.wait", 1)
+    assert not re.search(r"ld\.global[.\w:]*\.v4\.b32", before)
+    assert "griddepcontrol.launch_dependents" in after.split("ld.global")[0]
+    assert found.manifest["spills"] == 0
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -250,6 +251,18 @@ def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
     assert 16 * 32 * found.plan.num_warps * len(loads) >= found.tile
     assert "st.global" not in before
     assert "st.global" in after
+
+
+@pytest.mark.parametrize(("state", "ntokens"), [("fp32", 1), ("fp16", 1), ("bf16", 3)])
+def test_a_late_plan_reads_no_state_before_it_waits(state, ntokens):
+    config = KernelConfig(algorithm="simple", state_dtype=state, ntokens=ntokens, pdl=True)
+    early = dispatch(config, Arch.of("sm_90"))[-1].plan
+    assert early.early
+    found = compiled(config, dataclasses.replace(early, early=False), "sm_90")
+    assert_within_limits(found)
+    before, after = found.ptx.split("griddepcontrol.wait", 1)
+    assert not re.search(r"ld\.global[.\w:]*\.v4\.b32", before)
+    assert "griddepcontrol.launch_dependents" in after.split("ld.global")[0]
 
 
 SIZES = ((80, 128), (96, 96), (160, 64), (192, 256), (512, 512), (8, 8))

@@ -68,6 +68,16 @@ def test_check_runs_and_finds_the_plan_in_use_among_the_best():
     assert report.cells[0]["margin"] < 0.25
 
 
+@pytest.mark.parametrize("family", ["ssu", "gdn", "conv1d"])
+def test_plans_with_pdl_race_in_a_chain_and_none_is_wrong(family, tmp_path):
+    report = tune([KernelConfig(family=family, pdl=True)], GpuRig(), tmp_path, budget=60,
+                  sizes=(8192,))  # fmt: skip
+    assert not report.failed
+    (cell,) = report.cells
+    assert not [o for o in cell["left_out"] if o["why"].startswith("wrong")]
+    assert {s["plan"]["early"] for s in cell["standings"]} == {True, False}
+
+
 def test_dispatch_on_this_device_is_by_its_name():
     arch = GpuRig().arch
     found = dispatch(CONFIG, arch, gpu_name(None))

@@ -12,12 +12,15 @@ from test_bench import Clock
 
 from ssmgen.arch import Arch
 from ssmgen.bench import chain as module
-from ssmgen.bench.chain import OPS, Links
+from ssmgen.bench.chain import OPS, Links, in_chain
 from ssmgen.bench.grid import Wanted, config_of, gdn_config
+from ssmgen.bench.problem import Problem, make
 from ssmgen.bench.problems.gdn import GdnProblem
 from ssmgen.bench.problems.ssu import SsuProblem
 from ssmgen.bench.report import load, tables
 from ssmgen.bench.session import Session, run
+from ssmgen.config import KernelConfig
+from ssmgen.families.conv1d.config import Conv1dConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -131,10 +134,63 @@ def test_a_section_has_both_chains_with_and_without_pdl(arch, early, measured):
     assert not ssu.notes
 
 
-def test_a_chain_of_before_has_its_one_table_without_a_title():
-    (table,) = tables(load(RESULTS / "chain-h200.json"))
-    assert table.title == ""
-    assert table.columns[2:] == ["conv alone", "SSU alone", "chain", "chain with PDL"]
+def test_the_chains_that_were_measured_have_a_table_each():
+    ssu, gdn = tables(load(RESULTS / "chain-h200.json"))
+    assert (ssu.title, gdn.title) == ("conv and SSU", "conv and GDN")
+    assert ssu.columns[2:] == ["conv alone", "SSU alone", "chain", "chain with PDL"]
+
+
+def dependent(family: str, **fields: Any) -> Problem:
+    """A problem of one token with PDL, small."""
+    configs: dict[str, KernelConfig] = {
+        "ssu": config_of("fp16", dim=16, dstate=16),
+        "gdn": gdn_config("fp32", head_k_dim=16, head_v_dim=24),
+        "conv1d": Conv1dConfig(),
+    }
+    config = configs[family].replace(pdl=True, **fields)
+    return make(config, 3, 512 if family == "conv1d" else 4, device="cpu", pool_bytes=0)
+
+
+@pytest.mark.parametrize("family", ["ssu", "gdn"])
+def test_an_op_with_pdl_is_timed_behind_the_convolution_that_writes_its_input(family):
+    problem: Any = dependent(family)
+    order = []
+    placed = in_chain(problem, 0)(lambda which: order.append((which, problem.packed.clone())))
+    for which in (1, 0):
+        problem.packed.fill_(torch.nan)
+        placed(which)
+    assert [which for which, _ in order] == [1, 0]
+    assert all(packed.isfinite().all() for _, packed in order)
+
+
+def test_a_convolution_with_pdl_is_timed_ahead_of_a_gated_delta_net_as_wide(monkeypatch):
+    order: list[Any] = []
+    real = GdnProblem.call
+
+    def call(self: GdnProblem, which: int) -> Any:
+        assert self.config.pdl
+        assert (self.batch, self.packed.shape[-1]) == (3, 512)
+        launch = real(self, which)
+        return lambda: order.append(("op", which)) or launch()
+
+    monkeypatch.setattr(GdnProblem, "call", call)
+    problem = dependent("conv1d")
+    placed = in_chain(problem, 0)(lambda which: order.append(("conv", which)))
+    placed(1)
+    placed(5)
+    assert [name for name, _ in order] == ["conv", "op"] * 2
+    assert [which for name, which in order if name == "conv"] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("ssu", {"ntokens": 3}), ("gdn", {"index_dtype": None}), ("conv1d", {"many": True})],
+)
+def test_where_there_is_no_such_chain_a_launch_is_timed_alone(family, fields):
+    launch = print
+    assert in_chain(dependent(family, **fields), 0)(launch) is launch
+    problem = make(config_of("fp16", dim=16, dstate=16), 3, 4, device="cpu", pool_bytes=0)
+    assert in_chain(problem, 0)(launch) is launch
 
 
 def test_gdn_is_that_of_qwen3_next():

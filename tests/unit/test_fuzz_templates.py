@@ -223,6 +223,7 @@ def test_a_plan_takes_no_hostile_value(field):
         ("split", lambda: 10**5000),
         ("evict_first", lambda: INJECTIONS[1]),
         ("evict_first", lambda: 1),
+        ("early", lambda: 0),
     ],
 )
 def test_a_plan_takes_none_of_these(name, make):

@@ -448,3 +448,51 @@ def test_a_plan_reads_back_from_its_fields_and_shows_in_its_text():
     assert "vertical 16x128" in str(wanted)
     texts = {str(wanted), str(Plan(**tile("vertical", num_stages=2, split=2)))}
     assert len(texts | {str(Plan(**tile("vertical", num_stages=3)))}) == 3
+
+
+# Dependent launch
+
+LATE = Plan(algorithm="simple", block_m=8, block_n=128, num_warps=1, early=False)
+DEPENDENT = {
+    "ssu": {"family": "ssu"},
+    "drafts": {"family": "ssu", "ntokens": 3},
+    "gdn": {"family": "gdn"},
+    "conv1d": {"family": "conv1d"},
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_plan_is_late_only_where_a_kernel_waits(name):
+    config = KernelConfig(**DEPENDENT[name], pdl=True)
+    family = spec(config.family)
+    late = family.fit(config, LATE, SM_90)
+    assert not late.early
+    assert str(late).endswith(" late")
+    assert family.fit(config, LATE, Arch.of("sm_80")).early
+    assert family.fit(config.replace(pdl=False), LATE, SM_90).early
+    listed = family.candidates(config, SM_90)
+    assert {plan.early for plan in listed} == {True, False}
+    # An estimate cannot tell them apart.
+    assert all(plan.early for plan in family.shortlist(config, SM_90))
+    assert all(plan.early for plan in family.candidates(config.replace(pdl=False), SM_90))
+
+
+def test_forms_that_load_nothing_early_have_no_late_plans():
+    for algorithm in ("vertical", "horizontal"):
+        plan = Plan(algorithm=algorithm, block_m=16, block_n=32, num_warps=2, early=False)
+        assert SSU.fit(KernelConfig(pdl=True), plan, SM_90).early
+    prefill = KernelConfig(
+        family="conv1d", many=True, prefill=True, seqlens_dtype="int32", pdl=True
+    )
+    assert spec("conv1d").fit(prefill, LATE, SM_90).early
+    assert all(plan.early for plan in spec("conv1d").candidates(prefill, SM_90))
+
+
+@pytest.mark.parametrize("name", ["ssu", "gdn", "conv1d"])
+def test_tables_with_dependent_launch_come_first_and_those_without_after(name):
+    config = KernelConfig(**DEPENDENT[name])
+    family = spec(config.family)
+    without = family.dispatch_keys(config)
+    assert family.dispatch_keys(config.replace(pdl=True)) == (
+        *(f"{key}.pdl" for key in without), *without,
+    )  # fmt: skip

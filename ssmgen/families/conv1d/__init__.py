@@ -107,7 +107,8 @@ class Conv1d(Family):
 
     def dispatch_keys(self, config: Conv1dConfig) -> tuple[str, ...]:  # type: ignore[override]
         form = "prefill" if config.prefill else "many" if config.many else "one"
-        return (f"{8 * ITEMSIZE[config.dtype]}bit.{form}",)
+        key = f"{8 * ITEMSIZE[config.dtype]}bit.{form}"
+        return (f"{key}.pdl", key) if config.pdl else (key,)
 
     def fit(self, config: Conv1dConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
@@ -140,13 +141,18 @@ class Conv1d(Family):
                 tokens //= 2
             else:
                 channels //= 2
-        return Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
+        # A chunk signals at once: there are many, and those that are far ahead have ended.
+        early = plan.early or config.prefill or not (config.pdl and arch.pdl)
+        return Plan(
+            algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps, early=early
+        )
 
     def candidates(self, config: Conv1dConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
         from ...plan import Plan
 
         return [
-            Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps)
+            Plan(algorithm="simple", block_m=tokens, block_n=channels, num_warps=warps, early=early)
+            for early in ((True, False) if config.pdl and not config.prefill else (True,))
             for tokens in ((8, 16, 32) if config.prefill else (4, 8) if config.many else (1,))
             for channels in (32, 64, 128, 256, 512, 1024, 2048)
             for warps in (1, 2, 4, 8)

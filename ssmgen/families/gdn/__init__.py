@@ -115,7 +115,8 @@ class Gdn(Family):
 
     def dispatch_keys(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
         key = f"{8 * ITEMSIZE[config.state_dtype]}bit.{config.rounding}.{config.state_layout}"
-        return (f"{key}.many", key) if config.many else (key,)
+        keys = [f"{key}.many", key] if config.many else [key]
+        return (*(f"{k}.pdl" for k in keys if config.pdl), *keys)
 
     def fit(self, config: GdnConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
@@ -141,6 +142,7 @@ class Gdn(Family):
             num_warps=warps,
             evict_first=plan.evict_first,
             maxnreg=plan.maxnreg,
+            early=plan.early or not (config.pdl and arch.pdl),
         )
 
     def work(self, config: GdnConfig, plan: Plan) -> Work:  # type: ignore[override]

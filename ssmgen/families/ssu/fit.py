@@ -35,7 +35,9 @@ def fit(config: SsuConfig, plan: Plan, arch: Arch) -> Plan:
     by_algorithm = {"simple": _simple, "vertical": _vertical, "horizontal": _horizontal}
     plan = by_algorithm[plan.algorithm](config, plan)
     warps, stages = _warps(config, plan), _stages(config, plan, arch)
-    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=None)
+    # The other forms load the state as they go: none of it before they wait.
+    early = plan.early or not (config.pdl and arch.pdl and plan.algorithm == "simple")
+    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=None, early=early)
 
 
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:
@@ -45,7 +47,7 @@ def _matrix(config: SsuConfig, plan: Plan) -> Plan:
     rows, warps = matrix.fit(config, plan)
     return replace(
         plan, block_m=rows, block_n=config.dstate, num_warps=warps, num_stages=1, split=1,
-        evict_first=False,
+        evict_first=False, early=True,
     )  # fmt: skip
 
 
