@@ -253,6 +253,15 @@ def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
     assert "st.global" in after
 
 
+@pytest.mark.parametrize("state", ["int8", "fp8_e4m3fn"])
+def test_capped_plans_of_small_states_fit_without_spills(state):
+    config = KernelConfig(state_dtype=state)
+    plan = Plan(algorithm="vertical", block_m=8, block_n=128, num_warps=1, num_stages=4, maxnreg=96)
+    found = compiled(config, plan, "sm_90")
+    assert_within_limits(found)
+    assert found.manifest["registers"] <= 96
+
+
 @pytest.mark.parametrize(("state", "ntokens"), [("fp32", 1), ("fp16", 1), ("bf16", 3)])
 def test_a_late_plan_reads_no_state_before_it_waits(state, ntokens):
     config = KernelConfig(algorithm="simple", state_dtype=state, ntokens=ntokens, pdl=True)

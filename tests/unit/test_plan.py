@@ -496,3 +496,15 @@ def test_tables_with_dependent_launch_come_first_and_those_without_after(name):
     assert family.dispatch_keys(config.replace(pdl=True)) == (
         *(f"{key}.pdl" for key in without), *without,
     )  # fmt: skip
+
+
+def test_a_cap_on_registers_stays_where_it_was_found():
+    capped = Plan(**tile("vertical", num_warps=1, num_stages=4, maxnreg=96))
+    for state in STATES:
+        config = KernelConfig(state_dtype=state)
+        kept = SSU.fit(config, capped, SM_90).maxnreg
+        assert kept == (96 if state in ("int8", "fp8_e4m3fn") else None)
+        listed = [p for p in SSU.candidates(config, SM_90) if p.maxnreg]
+        assert bool(listed) == (kept is not None)
+        simple = Plan(**{**capped.fields(), "algorithm": "simple"})
+        assert SSU.fit(config, simple, SM_90).maxnreg is None

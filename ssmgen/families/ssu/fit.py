@@ -37,7 +37,10 @@ def fit(config: SsuConfig, plan: Plan, arch: Arch) -> Plan:
     warps, stages = _warps(config, plan), _stages(config, plan, arch)
     # The other forms load the state as they go: none of it before they wait.
     early = plan.early or not (config.pdl and arch.pdl and plan.algorithm == "simple")
-    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=None, early=early)
+    # A cap is measured with the tile it was found for; elements of 8 bits leave registers to spare.
+    capped = ITEMSIZE[config.state_dtype] == 1 and not config.many
+    cap = plan.maxnreg if capped and plan.algorithm == "vertical" else None
+    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=cap, early=early)
 
 
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:

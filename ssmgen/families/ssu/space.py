@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from .config import SsuConfig
+from .config import ITEMSIZE, SsuConfig
 
 if TYPE_CHECKING:
     from ...plan import Plan
@@ -74,6 +74,12 @@ def candidates(config: SsuConfig) -> list[Plan]:
                 evict_first=evict,
             )  # fmt: skip
             found += _plans("horizontal", (64,), (16, 32, 64), (2, 4, 8), (2, 3), evict_first=evict)
+            # These issue more than they move, with few warps for the registers that are left.
+            if ITEMSIZE[config.state_dtype] == 1:
+                found += _plans(
+                    "vertical", (4, 8), (COLUMNS,), (1,), (1, 3, 4), (1, 2, 4), (80, 96),
+                    evict_first=evict,
+                )  # fmt: skip
     if config.many:
         found += _plans("matrix", (16, 32, 64), (COLUMNS,), (1, 2, 4))
     return found
