@@ -47,6 +47,10 @@ class _Language:
         return tl.arange(start, end)
 
     @staticmethod
+    def full(shape: Any, value: Any, dtype: Any, layout: Any) -> Any:
+        return tl.full(shape, value, dtype)
+
+    @staticmethod
     def zeros(shape: Any, dtype: Any, layout: Any) -> Any:
         return tl.zeros(shape, dtype)
 

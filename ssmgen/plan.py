@@ -35,7 +35,9 @@ class Plan:
     state is the first to leave the L2. ``maxnreg`` caps the registers of a thread, so that more
     programs fit. With programmatic dependent launch, an ``early`` plan loads the state while the
     kernel ahead still runs (ssu, gdn), and lets the kernel behind start before its own inputs are
-    there (conv1d); one that is not early leaves the memory to the kernel ahead.
+    there (conv1d); one that is not early leaves the memory to the kernel ahead. In a ``placed``
+    plan the source says which thread holds which element (Gluon) and not the compiler, so that no
+    vector passes through shared memory.
     """
 
     algorithm: str
@@ -47,6 +49,7 @@ class Plan:
     evict_first: bool = False
     maxnreg: int | None = None
     early: bool = True
+    placed: bool = False
 
     def __post_init__(self) -> None:
         algorithm = plain(self.algorithm)
@@ -63,7 +66,7 @@ class Plan:
             if name in ("block_m", "block_n", "num_warps") and value & (value - 1):
                 raise ConfigError(f"plan.{name}: {value!r} is not a power of two")
             object.__setattr__(self, name, value)
-        for name in ("evict_first", "early"):
+        for name in ("evict_first", "early", "placed"):
             value = getattr(self, name)
             if type(value) is not bool:
                 raise ConfigError(f"plan.{name}: {shown(value)} is not a bool")
@@ -88,6 +91,8 @@ class Plan:
             text += f" maxnreg={self.maxnreg}"
         if not self.early:
             text += " late"
+        if self.placed:
+            text += " placed"
         return text
 
 

@@ -36,8 +36,8 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
     def unsupported(what: str) -> None:
         raise UnsupportedError(f"standalone: {what} are not served in a file that runs alone")
 
-    if interpret and plan.algorithm == "matrix":
-        unsupported("Gluon kernels (algorithm matrix) in the interpreter")
+    if interpret and (plan.algorithm == "matrix" or plan.placed):
+        unsupported("Gluon kernels (algorithm matrix, placed plans) in the interpreter")
     if interpret:
         arch = Arch.of(KNOWN[0])
     main = template.render(

@@ -33,9 +33,7 @@ def entrants(
     first.
     """
     family = spec(config.family)
-    plans = fitted(
-        config, arch, (*family.shortlist(config, arch), *family.candidates(config, arch))
-    )
+    plans = fitted(config, arch, family.candidates(config, arch))
     best = _places({plan: family.work(config, plan) for plan in plans}, arch, sizes)
     kept = {plan: plans[plan] for plan in [*best][:COMPILED]}
     for plan in present:

@@ -9,6 +9,7 @@ import re
 import pytest
 from cases import covering
 from gdn_calls import LAYOUTS, STATES
+from placing import placed
 from test_ssu_compile import (
     MAY_SPILL,
     MOST,
@@ -113,6 +114,21 @@ def test_the_state_is_loaded_before_the_dependency_wait_and_nothing_stored(kind,
         assert "st.global" not in before
         # q, k, v, a and b come from the kernel ahead.
         assert len(re.findall(r"ld\.global", after)) >= 5
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", "kda", "a destination a token"])
+def test_in_a_placed_plan_nothing_passes_through_shared_memory(arch, state, kind):
+    config = config_of(state, **KINDS.get(kind, {}))
+    plans = placed(config, arch)
+    assert plans
+    for plan in plans:
+        found = compiled(config, plan, arch)
+        assert found.manifest["spills"] <= MAY_SPILL.get(arch, 0)
+        assert found.wide_loads >= found.tile
+        assert "bar.sync" not in found.ptx
+        assert found.manifest["shared"] == 0
 
 
 @pytest.mark.parametrize("kind", ["plain", "accepted, one token", "a destination a token"])

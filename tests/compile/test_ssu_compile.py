@@ -7,6 +7,7 @@ import re
 
 import pytest
 from cases import covering
+from placing import placed
 from ssu_calls import ROUNDINGS, SCALED, SERVED
 
 from ssmgen import Arch, KernelConfig, Plan, compiler
@@ -251,6 +252,35 @@ def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
     assert 16 * 32 * found.plan.num_warps * len(loads) >= found.tile
     assert "st.global" not in before
     assert "st.global" in after
+
+
+PLACED = {
+    "one": {},
+    "odd": {"dim": 80, "dstate": 96, "has_z": True},
+    "mamba1": {"dstate": 16, "tie_hdim": False},
+    "drafts": {"ntokens": 6, "has_intermediate": True, "entry_dtype": "int64"},
+    "sequences": {"ntokens": 4, "seqlens_dtype": "int32", "accepted_dtype": "int32",
+                  "has_dst": True, "dst_tokens": True},
+    "wide": {"dstate": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arch", "form", "state"), covering(GENERATIONS, tuple(PLACED), ("fp32", "bf16", "fp16"))
+)
+def test_in_a_placed_plan_nothing_passes_through_shared_memory(arch, form, state):
+    plans = placed(KernelConfig(algorithm="simple", state_dtype=state, **PLACED[form]), arch)
+    assert plans
+    for plan in plans:
+        config = KernelConfig(algorithm="simple", state_dtype=state, **PLACED[form])
+        found = compiled(config, plan, arch)
+        assert found.manifest["spills"] <= may_spill(found)
+        assert found.wide_loads >= found.tile
+        assert found.wide_stores >= found.tile
+        across = plan.block_n > 32 * 16 // ITEMSIZE[state]
+        if not across:
+            assert "bar.sync" not in found.ptx
+            assert found.manifest["shared"] == 0
 
 
 @pytest.mark.parametrize("state", ["int8", "fp8_e4m3fn"])

@@ -86,6 +86,11 @@ GOLDEN = {
         "sm_90",
         {"state_dtype": "bf16", "ntokens": 6, "has_intermediate": True, "has_z": True},
     ),
+    "ssu_simple_tokens_placed_bf16_sm_90": (
+        dataclasses.replace(SIMPLE, placed=True),
+        "sm_90",
+        {"state_dtype": "bf16", "ntokens": 6, "has_intermediate": True, "has_z": True},
+    ),
     "ssu_simple_sequences_tree_int8_stochastic_sm_90": (
         SIMPLE,
         "sm_90",
@@ -103,6 +108,9 @@ GOLDEN = {
         {"ntokens": 11, "index_dtype": None},
     ),
     "gdn_simple_fp32_sm_90": (GDN, "sm_90", {"family": "gdn", "pdl": True}),
+    "gdn_simple_placed_fp32_sm_90": (
+        dataclasses.replace(GDN, placed=True), "sm_90", {"family": "gdn"},
+    ),
     "gdn_simple_interleaved_tokens_bf16_sm_90": (
         GDN,
         "sm_90",

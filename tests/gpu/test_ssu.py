@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
+from placing import placed
 from ssu_calls import (
     ALGORITHMS,
     DTYPES,
@@ -46,6 +48,18 @@ def run(call: Call, **options: Any) -> Call:
 def test_each_algorithm_state_and_rounding_is_right(algorithm, state, rounding):
     call = make(state, rounding, **MAMBA2, algorithm=algorithm, z=True)
     verify(call, run(call))
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sizes", [{}, {"dim": 80, "dstate": 96}, {"tied": False, "dstate": 16}])
+def test_every_placed_plan_is_right(state, sizes):
+    call = make(state, **{**MAMBA2, **sizes}, z=True)
+    plans = placed(call.layout().config)
+    assert plans
+    for plan in plans:
+        after = moved(call, "cuda")
+        launch(after, plan)
+        verify(call, moved(after, "cpu"))
 
 
 @pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)

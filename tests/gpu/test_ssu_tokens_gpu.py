@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
+from placing import placed
 from serving import MUTATIONS, Server, assert_close, assert_same_outputs, exact
 from ssu_calls import ROUNDINGS, Call, digest, moved, raw, same, verify
 from ssu_tokens import KINDS, make_tokens, path_of, row_of, token_of
@@ -40,6 +42,16 @@ def of(kind: str) -> dict[str, Any]:
 def test_every_kind_of_call_is_right(kind, state, rounding):
     call = make_tokens(state, rounding, **of(kind))
     verify(call, run(call))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_every_placed_plan_is_right(kind, state):
+    call = make_tokens(state, **of(kind))
+    for plan in placed(call.layout().config):
+        after = moved(call, "cuda")
+        launch(after, plan)
+        verify(call, moved(after, "cpu"))
 
 
 @pytest.mark.parametrize("kind", ["tree, all else", "intermediate and final"])

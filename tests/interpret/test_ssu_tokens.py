@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placing import placed
 from ssu_calls import ROUNDINGS, SCALED, expected, make, raw, same, verify
 from ssu_tokens import KINDS, make_tokens, path_of, row_of, token_of
 
@@ -26,6 +27,22 @@ def test_every_kind_of_call_is_right_for_every_state_and_rounding(kind, state, r
     options = KINDS[kind]
     call = make_tokens(state, rounding, **options, **({} if "headless" in options else SMALL))
     assert verify(call, call.interpreted()).determined >= DETERMINED[state]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("state", ["fp32", "bf16", "fp16"])
+def test_a_placed_plan_gives_the_same_bits(state, kind):
+    options = KINDS[kind]
+    call = make_tokens(state, **options, **({} if "headless" in options else SMALL))
+    wanted = call.interpreted()
+    plans = placed(call.layout().config)
+    assert bool(plans) == (call.layout().config.aligned and "tree" not in kind and kind != "chain")
+    for plan in plans:
+        found = call.interpreted(plan)
+        verify(call, found)
+        for name in ("out", "state", "intermediate_states_buffer"):
+            if wanted.tensors.get(name) is not None:
+                assert same(found[name], wanted[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)

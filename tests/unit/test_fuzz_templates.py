@@ -224,6 +224,7 @@ def test_a_plan_takes_no_hostile_value(field):
         ("evict_first", lambda: INJECTIONS[1]),
         ("evict_first", lambda: 1),
         ("early", lambda: 0),
+        ("placed", lambda: "yes"),
     ],
 )
 def test_a_plan_takes_none_of_these(name, make):

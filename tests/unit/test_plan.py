@@ -508,3 +508,33 @@ def test_a_cap_on_registers_stays_where_it_was_found():
         assert bool(listed) == (kept is not None)
         simple = Plan(**{**capped.fields(), "algorithm": "simple"})
         assert SSU.fit(config, simple, SM_90).maxnreg is None
+
+
+# Placed elements
+
+
+@pytest.mark.parametrize(
+    ("fields", "served"),
+    [
+        ({}, True),
+        ({"ntokens": 6, "has_intermediate": True}, True),
+        ({"state_dtype": "int8"}, False),
+        ({"state_dtype": "fp16", "rounding": "stochastic"}, False),
+        ({"aligned": False}, False),
+        ({"pdl": True}, False),
+        ({"ntokens": 3, "parents_dtype": "int32"}, False),
+        ({"family": "gdn"}, True),
+        ({"family": "gdn", "state_layout": "KV"}, False),
+        ({"family": "gdn", "state_dtype": "bf16", "rounding": "stochastic"}, False),
+    ],
+)
+def test_a_plan_is_placed_only_where_16_bytes_a_lane_are_all_there_is(fields, served):
+    config = KernelConfig(**fields)
+    family = spec(config.family)
+    wanted = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2, placed=True)
+    assert family.fit(config, wanted, SM_90).placed == served
+    simple = [p for p in family.candidates(config, SM_90) if p.algorithm == "simple"]
+    assert {p.placed for p in simple} == {served}
+    # Nobody has measured them yet.
+    assert not any(p.placed for p in family.shortlist(config, SM_90))
+    assert not any(c.plan.placed for c in dispatch(config, SM_90))

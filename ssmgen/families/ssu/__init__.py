@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..base import Argument, Family, Layout
+from ..base import Argument, Family, Layout, lanes
 from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
 from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, next_power_of_2
@@ -121,6 +121,7 @@ class Ssu(Family):
             if plan.algorithm in ("simple", "matrix")
             else plan.split,
             **(matrix.layouts(config, plan) if plan.algorithm == "matrix" else {}),
+            **lanes(plan, ITEMSIZE[config.state_dtype]),
         }
 
     def dispatch_keys(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]

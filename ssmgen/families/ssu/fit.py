@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...arch import Arch
     from ...plan import Plan
 
-__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "next_power_of_2"]
+__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "next_power_of_2", "placeable"]
 
 # The shape the dispatch table is written for: one Mamba2 head.
 REFERENCE_DIM, REFERENCE_DSTATE = 64, 128
@@ -40,7 +40,16 @@ def fit(config: SsuConfig, plan: Plan, arch: Arch) -> Plan:
     # A cap is measured with the tile it was found for; elements of 8 bits leave registers to spare.
     capped = ITEMSIZE[config.state_dtype] == 1 and not config.many
     cap = plan.maxnreg if capped and plan.algorithm == "vertical" else None
-    return replace(plan, num_warps=warps, num_stages=stages, maxnreg=cap, early=early)
+    placed = plan.placed and plan.algorithm == "simple" and placeable(config)
+    return replace(
+        plan, num_warps=warps, num_stages=stages, maxnreg=cap, early=early, placed=placed
+    )  # fmt: skip
+
+
+def placeable(config: SsuConfig) -> bool:
+    """Whether the source may say who holds what: 16 bytes a lane of what is stored as it is."""
+    plain = config.rounding == "nearest" and not config.state_scale_t
+    return config.aligned and plain and not config.parents_dtype and not config.pdl
 
 
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:
@@ -50,7 +59,7 @@ def _matrix(config: SsuConfig, plan: Plan) -> Plan:
     rows, warps = matrix.fit(config, plan)
     return replace(
         plan, block_m=rows, block_n=config.dstate, num_warps=warps, num_stages=1, split=1,
-        evict_first=False, early=True,
+        evict_first=False, early=True, placed=False,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from .config import ITEMSIZE, SsuConfig
+from .fit import placeable
 
 if TYPE_CHECKING:
     from ...plan import Plan
@@ -39,21 +40,14 @@ MATRIX_16 = ((64, 2, 168),)
 MATRIX_16_FP32 = ((16, 1, 160), (32, 2, 160), (64, 4, 168))
 
 
-def _plans(
-    algorithm: str, *axes: tuple[int | None, ...], evict_first: bool = False, early: bool = True
-) -> list[Plan]:
+def _plans(algorithm: str, *axes: tuple[int | None, ...], **more: bool) -> list[Plan]:
     from ...plan import Plan
 
     names = ("block_m", "block_n", "num_warps", "num_stages", "split", "maxnreg")
     if algorithm == "matrix":
         axes = (*axes, (1,), (1,), (None, 96, 128, 160, 168))
     return [
-        Plan(
-            algorithm=algorithm,
-            evict_first=evict_first,
-            early=early,
-            **dict(zip(names, values)),  # type: ignore[arg-type]
-        )
+        Plan(algorithm=algorithm, **more, **dict(zip(names, values)))  # type: ignore[arg-type]
         for values in itertools.product(*axes)
     ]
 
@@ -65,7 +59,7 @@ def candidates(config: SsuConfig) -> list[Plan]:
         for early in (True, False) if config.pdl else (True,):
             found += _plans(
                 "simple", (4, 8, 16, 32, 64), (COLUMNS,), (1, 2, 4, 8),
-                evict_first=evict, early=early,
+                evict_first=evict, early=early, placed=placeable(config),
             )  # fmt: skip
         # With PDL only the simple form loads the state before it waits.
         if not (config.many or config.pdl):

@@ -1,0 +1,143 @@
+"""ssu_simple: selective_state_update for many tokens, written by ssmgen.
+
+arch    sm_90
+plan    simple 16x128 warps=2 placed
+config  family=ssu dtype=bf16 index_dtype=int64 aligned=True pdl=False dt_dtype=fp32
+        weight_dtype=fp32 a_dtype=fp32 state_dtype=bf16 state_scale_t=None rounding=nearest
+        philox_rounds=0 dim=64 dstate=128 ntokens=6 has_z=True has_d=True has_dt_bias=True
+        dt_softplus=True tie_hdim=True has_dst=False update_state=True seqlens_dtype=None
+        accepted_dtype=None parents_dtype=None dst_tokens=False has_intermediate=True
+        entry_dtype=None
+key     ...
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def softplus(v):
+    # log(1 + e^v) = max(v, 0) + log1p(t), t = e^-|v|. The polynomial is log1p(t) / t on [0, 1],
+    # minimax of degree 9, relative error 5e-9.
+    t = gl.exp(-gl.abs(v))
+    p = -0.0032440251670777798 * t + 0.01985146291553974
+    p = p * t - 0.05695953592658043
+    p = p * t + 0.10603655129671097
+    p = p * t - 0.15305592119693756
+    p = p * t + 0.1967593878507614
+    p = p * t - 0.24954134225845337
+    p = p * t + 0.3332996368408203
+    p = p * t - 0.4999990165233612
+    p = p * t + 1.0
+    return gl.maximum(v, 0.0) + p * t
+
+
+@gluon.jit
+def silu(v):
+    return v / (1.0 + gl.exp(-v))
+
+
+@gluon.jit
+def ssu_simple(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    out,
+    slots,
+    buffer,
+    state_slot_stride,
+    x_row_stride,
+    x_token_stride,
+    x_head_stride,
+    dt_row_stride,
+    dt_token_stride,
+    dt_head_stride,
+    A_head_stride,
+    B_row_stride,
+    B_token_stride,
+    B_group_stride,
+    C_row_stride,
+    C_token_stride,
+    C_group_stride,
+    D_head_stride,
+    z_row_stride,
+    z_token_stride,
+    z_head_stride,
+    dt_bias_head_stride,
+    out_row_stride,
+    out_token_stride,
+    out_head_stride,
+    slots_stride,
+    buffer_entry_stride,
+    buffer_token_stride,
+    pad_slot_id,
+    group_recip,
+):
+    DIM: gl.constexpr = 64
+    DSTATE: gl.constexpr = 128
+
+    program = gl.program_id(0)
+    head = program // 4
+    batch = gl.program_id(1)
+    slot = gl.load(slots + batch * slots_stride).to(gl.int64)
+    live = (slot >= 0) & (slot != pad_slot_id)
+    first = program % 4 * 16
+    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [2, 1], [1, 0])
+    rows = gl.arange(0, 16, layout=gl.SliceLayout(1, TILE))
+    cols = gl.arange(0, 128, layout=gl.SliceLayout(0, TILE))
+    out_rows = out + batch * out_row_stride + head * out_head_stride + first
+
+    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
+    entry_pool = buffer + slot * buffer_entry_stride + head * (DIM * DSTATE)
+    offsets = rows[:, None] * DSTATE + cols[None, :]
+    tile = pool + first * DSTATE
+    stored = gl.load(tile + offsets, mask=live, other=0)
+
+    dt_head = dt + batch * dt_row_stride + head * dt_head_stride
+    bias_ = gl.load(dt_bias + head * dt_bias_head_stride).to(gl.float32)
+    A_ = gl.load(A + head * A_head_stride).to(gl.float32)
+    D_ = gl.load(D + head * D_head_stride).to(gl.float32)
+    group = gl.umulhi((2 * head + 1).to(gl.uint32), group_recip).to(gl.int32)
+    B_group = B + batch * B_row_stride + group * B_group_stride
+    C_group = C + batch * C_row_stride + group * C_group_stride
+    x_rows = x + batch * x_row_stride + head * x_head_stride + first
+    z_rows = z + batch * z_row_stride + head * z_head_stride + first
+
+    h = stored.to(gl.float32)
+    dt_next = gl.load(dt_head)
+    B_next = gl.load(B_group + cols)
+    C_next = gl.load(C_group + cols)
+    x_next = gl.load(x_rows + rows)
+    z_next = gl.load(z_rows + rows)
+    for token in range(6):
+        dt_ = dt_next.to(gl.float32)
+        B_ = B_next.to(gl.float32)
+        C_ = C_next.to(gl.float32)
+        x_ = x_next.to(gl.float32)
+        z_ = z_next.to(gl.float32)
+        upcoming = gl.minimum(token + 1, 5)
+        dt_next = gl.load(dt_head + upcoming * dt_token_stride)
+        B_next = gl.load(B_group + upcoming * B_token_stride + cols)
+        C_next = gl.load(C_group + upcoming * C_token_stride + cols)
+        x_next = gl.load(x_rows + upcoming * x_token_stride + rows)
+        z_next = gl.load(z_rows + upcoming * z_token_stride + rows)
+        dt_ += bias_
+        dt_ = softplus(dt_)
+        decay = gl.exp(A_ * dt_)
+        h *= decay
+        h += (x_ * dt_)[:, None] * B_[None, :]
+        y = gl.sum(h * C_[None, :], axis=1)
+        y += x_ * D_
+        y *= silu(z_)
+        gl.store(out_rows + token * out_token_stride + rows, y.to(gl.bfloat16))
+        new = h.to(gl.bfloat16)
+        tile = entry_pool + first * DSTATE + token * buffer_token_stride
+        gl.store(tile + offsets, new, mask=live)
+    new = h.to(gl.bfloat16)
+    gl.store(pool + first * DSTATE + offsets, new, mask=live)
