@@ -50,9 +50,10 @@ test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 SANITIZER = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no \
 	--kernel-name kns=ssu_,kns=gdn_,kns=conv1d_ --require-cuda-init no --error-exitcode 1
 
-sanitize: memcheck racecheck  ## Run every form of kernel under compute-sanitizer's two tools.
+sanitize: memcheck racecheck  ## Run kernels of every family under two tools of compute-sanitizer.
 
 memcheck racecheck: $(READY)
+	@command -v compute-sanitizer > /dev/null || { echo "make $@: compute-sanitizer, of the CUDA toolkit, is not on the PATH"; exit 1; }
 	@$(SANITIZER) --tool $@ env $(RUN) tests/gpu/sanitize.py
 
 bench: $(READY)  ## Measure everything on this GPU; writes benchmarks/results/.

@@ -1,13 +1,13 @@
-"""What bounds the slowest cells: launches for Nsight Compute to look at.
+r"""What bounds the slowest cells: launches for Nsight Compute to look at.
 
-    ncu --profile-from-start off --clock-control none --section SpeedOfLight \\
-        --section Occupancy --section LaunchStats --section InstructionStats \\
-        --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \\
+    ncu --profile-from-start off --clock-control none --section SpeedOfLight \
+        --section Occupancy --section LaunchStats --section InstructionStats \
+        --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
         --csv --page details python benchmarks/limits.py > ncu.csv
     python benchmarks/limits.py --read ncu.csv benchmarks/results/limits-h200.json
 
 The first command profiles one launch of each cell of `CELLS`, on slots that are not in the L2; the
-second keeps what this page shows of it.
+second keeps what `KEPT` names of it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ KEPT = (
     "DRAM Throughput",
     "L2 Cache Throughput",
     "Compute (SM) Throughput",
-    "Issue Slots Busy",
-    "Executed Ipc Active",
     "Issued Warp Per Scheduler",
     "Eligible Warps Per Scheduler",
     "Active Warps Per Scheduler",
@@ -52,6 +50,9 @@ KEPT = (
 
 def launch() -> None:
     import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("limits: no GPU here")
 
     from ssmgen.bench.grid import config_of
     from ssmgen.bench.problem import make
@@ -70,20 +71,24 @@ def launch() -> None:
 
 def read(source: Path, target: Path) -> None:
     """Write what `KEPT` names of the profile `source`, by cell, to `target`."""
-    text = source.read_text()
-    lines = text[text.index('"ID"') :].splitlines()
+    _, found, body = source.read_text().partition('"ID"')
+    if not found:
+        raise SystemExit(f"{source}: not the details page of ncu as CSV")
+    lines = f"{found}{body}".splitlines()
     launches: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines):
-        found = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+        kept = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
         if row["Metric Name"] in KEPT:
-            found[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
+            kept[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
     if len(CELLS) != len(launches):
         raise SystemExit(f"{source}: {len(launches)} launches found, {len(CELLS)} expected")
     target.write_text(json.dumps(dict(zip(CELLS, launches.values())), indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--read", nargs=2, type=Path, metavar=("PROFILE", "RESULT"))
     given = parser.parse_args()
     if given.read:

@@ -101,6 +101,12 @@ def parse(text: str, origin: str) -> Manifest:
         _positive(size, f"{origin}: tensor_parallel[{i}]")
         for i, size in enumerate(_list(sizes, f"{origin}: tensor_parallel"))
     )
+    if not sizes:
+        raise ConfigError(f"{origin}: tensor_parallel: [] is empty; allowed: a size or several")
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{origin}: models: {name!r} stands there {names.count(name)} times")
     common = data.get("common", {})
     _require(common, dict, f"{origin}: common", "an object")
     configs: dict[KernelConfig, None] = {}
@@ -149,8 +155,8 @@ def _check_models(manifest: Manifest) -> None:
                 if not any(wanted.items() <= fields.items() for fields in there):
                     said = ", ".join(f"{name}={value}" for name, value in wanted.items())
                     raise ConfigError(
-                        f"{manifest.origin}: {model.name} over {size} ranks needs {said}; no "
-                        "config has these"
+                        f"{manifest.origin}: {model.name} over {size} "
+                        f"{'ranks' if size > 1 else 'rank'} needs {said}; no config has these"
                     )
 
 
@@ -167,6 +173,10 @@ def _model(entry: Any, where: str) -> Model:
     _fields(facts, f"{where}: facts", (*required, kind.counts), required)
     for name, value in facts.items():
         _positive(value, f"{where}: facts: {name}")
+    if facts.get(kind.counts, 0) > facts["layers"]:
+        raise ConfigError(
+            f"{where}: facts: {kind.counts}: {facts[kind.counts]} of {facts['layers']} layers"
+        )
     return Model(entry["name"], tuple(repositories), facts)
 
 

@@ -65,7 +65,9 @@ def bench(
     writes: Annotated[
         str | None,
         typer.Option(
-            metavar="W,W", help="States that are written, of tokens: last (token only), every."
+            metavar="W,W",
+            help="Of tokens, which states are written: last (after the last token), every (after "
+            "each).",
         ),
     ] = None,
     contestants: Annotated[

@@ -77,7 +77,7 @@ def delta(**changes: int | None) -> dict[str, Any]:
         ),
         (
             {"models": [MODEL], "configs": [{"dim": 80}]},
-            "m.json: m over 1 ranks needs family=ssu, dim=64, dstate=128, tie_hdim=True; no config "
+            "m.json: m over 1 rank needs family=ssu, dim=64, dstate=128, tie_hdim=True; no config "
             "has these",
         ),
         (
@@ -90,19 +90,19 @@ def delta(**changes: int | None) -> dict[str, Any]:
         ),
         (
             {"models": [delta(head_k_dim=64)], "configs": [GDN, CONV]},
-            "m over 1 ranks needs family=gdn, head_k_dim=64, head_v_dim=128, kda=False; no config",
+            "m over 1 rank needs family=gdn, head_k_dim=64, head_v_dim=128, kda=False; no config",
         ),
         (
             {"models": [delta()], "configs": [{**GDN, "kda": True}, CONV]},
-            "m over 1 ranks needs family=gdn, head_k_dim=128, head_v_dim=128, kda=False; no config",
+            "m over 1 rank needs family=gdn, head_k_dim=128, head_v_dim=128, kda=False; no config",
         ),
         (
             {"models": [KDA], "configs": [GDN, CONV]},
-            "m over 1 ranks needs family=gdn, head_k_dim=128, head_v_dim=128, kda=True; no config",
+            "m over 1 rank needs family=gdn, head_k_dim=128, head_v_dim=128, kda=True; no config",
         ),
         (
             {"models": [delta()], "configs": [GDN, {**CONV, "width": 3}]},
-            "m.json: m over 1 ranks needs family=conv1d, width=4; no config has these",
+            "m.json: m over 1 rank needs family=conv1d, width=4; no config has these",
         ),
         (
             {"models": [delta(num_v_heads=40)], "configs": [GDN, CONV]},
@@ -115,6 +115,18 @@ def delta(**changes: int | None) -> dict[str, Any]:
         (
             {"models": [delta(num_v_heads=48)], "tensor_parallel": [3], "configs": [GDN, CONV]},
             "m.json: m: 3 ranks do not divide 16 num_k_heads",
+        ),
+        (
+            {"models": [delta()], "tensor_parallel": [], "configs": [GDN, CONV]},
+            "m.json: tensor_parallel: [] is empty; allowed: a size or several",
+        ),
+        (
+            {"models": [delta(), delta()], "configs": [GDN, CONV]},
+            "m.json: models: 'm' stands there 2 times",
+        ),
+        (
+            {"models": [delta(layers=4, linear_layers=99)], "configs": [GDN, CONV]},
+            "models[0]: facts: linear_layers: 99 of 4 layers",
         ),
         (
             {"models": [KDA], "tensor_parallel": [64], "configs": [{**GDN, "kda": True}, CONV]},
