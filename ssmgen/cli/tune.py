@@ -63,7 +63,7 @@ def tune(
             min=1,
             metavar="N",
             help="Batch x heads to measure at, counted in heads of the family's reference shape; "
-            "repeat it for more. Left out: what the family names, 16 to 65536 for ssu.",
+            "repeat it for more. Left out: what the family names, 16 to 32768 for ssu.",
         ),
     ] = None,
     jobs: Annotated[

@@ -69,7 +69,7 @@ class Family(ABC):
     name: str
     # Problem sizes (batch x heads, of the reference shape) at which plans are compared, and heads
     # that models have, the most first.
-    sizes: tuple[int, ...] = (16, *(2**k for k in range(6, 17)))
+    sizes: tuple[int, ...] = (16, *(2**k for k in range(6, 16)))
     heads: tuple[int, ...] = (128, 16)
     # Kinds of layers that models have of it, as manifests describe them.
     layers: tuple[Layers, ...] = ()

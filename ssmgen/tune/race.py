@@ -23,10 +23,15 @@ ROUNDS = 3
 # Entrants of the last stage, besides the one in use, and the rounds it has at least and at most.
 FINALISTS = 4
 LEAST, MOST = 8, 24
-# After this many rounds an entrant so far behind the first goes at once.
+# An entrant so far behind the first goes at once, after the first round too.
 HOPELESS = 1.25
 # Below this nothing is a difference: two runs of a process differ by as much.
 FLOOR = 0.003
+# The standard error of what was seen in one round alone: it is under 1%, but the first of many
+# entrants is likely to have had luck.
+ONCE = 0.025
+# Standard errors that a lead must have.
+SURE = 2.5
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,20 @@ def race(
             longest = max(longest, clock() - start)
         return True
 
-    more = stage(ROUNDS)
-    while more and len(alive) > FINALISTS + 1:
+    def keep(most: int) -> None:
+        """So many of those that are left, without the hopeless, and the one in use."""
+        nonlocal alive
         ranked = _ranked(alive, times)
         first = ranked[0]
-        keep = ranked[: max(FINALISTS, math.ceil(len(alive) / 2))]
-        alive = [a for a in keep if _ratio(times[a], times[first])[0] < math.log(HOPELESS)]
-        if present not in alive:
-            alive.append(present)
+        near = [a for a in ranked[:most] if _ratio(times[a], times[first])[0] < far]
+        alive = [a for a in alive if a in near or a == present]
+
+    far = math.log(HOPELESS)
+    more = stage(1)
+    keep(len(alive))
+    more = more and stage(ROUNDS - 1)
+    while more and len(alive) > FINALISTS + 1:
+        keep(max(FINALISTS, math.ceil(len(alive) / 2)))
         more = stage(ROUNDS)
     if more:
         more = stage(LEAST - ROUNDS)
@@ -117,7 +128,7 @@ def race(
     first = ranked[0]
     noise = _noise(times[present], twin)
     lead, error = _ratio(times[present], times[first])
-    noise = max(noise, 2 * error)
+    noise = max(noise, SURE * error)
     winner = first if lead > noise else present
     standings = sorted(
         (_standing(entrant, times[entrant], times[first]) for entrant in times),
@@ -129,13 +140,13 @@ def race(
 
 def _ratio(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
     """By how much (logarithm) `a` was slower than `b` in the rounds they share, and the standard
-    error of that, infinite if there was one round alone."""
+    error of that."""
     if a is b:
         return 0.0, 0.0
     found = [math.log(a[r] / b[r]) for r in a.keys() & b.keys()]
     middle = statistics.median(found)
     if len(found) < 2:
-        return middle, math.inf
+        return middle, ONCE
     # 1.2533: how much less a median knows than a mean.
     return middle, 1.2533 * _sigma(found) / math.sqrt(len(found))
 
@@ -158,7 +169,7 @@ def _noise(present: dict[int, float], twin: dict[int, float]) -> float:
     if not twin:
         return FLOOR
     apart, error = _ratio(present, twin)
-    return max(FLOOR, abs(apart), 0.0 if math.isinf(error) else error)
+    return max(FLOOR, abs(apart), error)
 
 
 def _decided(
@@ -169,7 +180,7 @@ def _decided(
     first = _ranked(alive, times)[0]
     noise = _noise(times[present], twin)
     lead, error = _ratio(times[present], times[first])
-    return lead - 2 * error > noise or lead + 2 * error < noise
+    return lead - SURE * error > noise or lead + 2 * error < noise
 
 
 def _standing(entrant: T, own: dict[int, float], first: dict[int, float]) -> Standing[T]:

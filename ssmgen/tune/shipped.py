@@ -19,12 +19,9 @@ TOKENS = (2, 4, 6)
 def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     """`configs`, of the manifests, and what these do not name: drafts on the states that they do,
     in the reference shape. Of the gated delta nets, and the convolutions of 16-bit layers, the
-    plainest come first, so that they stand for those that share a key with them. Prefill is left
-    out: its table is written by hand."""
-    given = [c for c in configs if not (isinstance(c, Conv1dConfig) and c.prefill)]
-    found: list[KernelConfig] = [
-        GdnConfig(state_layout="KV", gate="given", a_dtype="fp32", index_dtype=None)
-    ]
+    plainest come first, so that they stand for those that share a key with them."""
+    given = [c for c in configs if not _by_hand(c)]
+    found: list[KernelConfig] = []
     chained: dict[str, Any] = {"pdl": True}
     verify: dict[str, Any] = {
         "ntokens": 4,
@@ -44,6 +41,14 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     for state, rounding, rounds in states:
         found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
     return list(dict.fromkeys(found))
+
+
+def _by_hand(config: KernelConfig) -> bool:
+    """Whether its table is: of prefill; and of (K, V) states, whose sums over K have an order of
+    their own in each tile. One plan for all sizes makes their bits those of any batch."""
+    if isinstance(config, GdnConfig):
+        return config.state_layout == "KV"
+    return isinstance(config, Conv1dConfig) and config.prefill
 
 
 def _drafts(**state: Any) -> Iterator[KernelConfig]:

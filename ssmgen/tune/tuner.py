@@ -33,8 +33,8 @@ __all__ = [
     "tune",
 ]
 
-# Seconds for which a race goes on at least, if there are any left.
-LEAST = 0.1
+# Seconds that a race has at least, once its plans are loaded.
+LEAST = 0.05
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _measure(
         }
         record = None
         if cell.present in ready:
-            record = measure_cell(rig, cell, ready, max(LEAST, left / (len(todo) - done)))
+            record = measure_cell(rig, cell, ready, left / (len(todo) - done))
         if record is None:
             report.failed.append({"kernel": str(cell), "error": "the plan in use failed"})
             continue
@@ -239,14 +239,15 @@ def _measure(
 def measure_cell(
     rig: Rig, cell: Cell, built: dict[Plan, dict[str, Any]], seconds: float
 ) -> dict[str, Any] | None:
-    """Race the plans of one cell: a record of plain data; None if the plan in use is wrong."""
+    """Race the plans of one cell, for `seconds` with what it takes to load them: a record of plain
+    data; None if the plan in use is wrong."""
     start = rig.clock()
     chosen, out = prune(cell.config, rig.arch, cell.heads, built, cell.present)
     with rig.open(cell.config, cell.batch, cell.nheads, chosen) as bench:
         if cell.present in bench.wrong:
             return None
         chosen = [plan for plan in chosen if plan not in bench.wrong]
-        left = seconds - (rig.clock() - start)
+        left = max(LEAST, seconds - (rig.clock() - start))
         outcome = race(chosen, cell.present, bench.round, seconds=left, clock=rig.clock)
     why = {plan: f"wrong: {text}" for plan, text in bench.wrong.items()} | out
     return {

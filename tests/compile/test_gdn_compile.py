@@ -9,7 +9,6 @@ import re
 import pytest
 from cases import covering
 from gdn_calls import LAYOUTS, STATES
-from placing import placed
 from test_ssu_compile import (
     MAY_SPILL,
     MOST,
@@ -107,7 +106,9 @@ def test_dependent_launch_is_there_only_where_asked_for_and_supported(arch):
 @pytest.mark.parametrize("order", LAYOUTS)
 @pytest.mark.parametrize("kind", ["plain", "accepted, one token", "a destination a token"])
 def test_the_state_is_loaded_before_the_dependency_wait_and_nothing_stored(kind, order):
-    for found in variants(config_of("fp32", order=order, pdl=True, **KINDS.get(kind, {})), "sm_90"):
+    config = config_of("fp32", order=order, pdl=True, **KINDS.get(kind, {}))
+    plans = {dataclasses.replace(c.plan, early=True) for c in dispatch(config, Arch.of("sm_90"))}
+    for found in (compiled(config, plan, "sm_90") for plan in plans):
         before, after = found.ptx.split("griddepcontrol.wait", 1)
         loads = re.findall(r"ld\.global[.\w:]*\.v4\.b32", before)
         assert 16 * 32 * found.plan.num_warps * len(loads) >= found.tile
@@ -116,26 +117,11 @@ def test_the_state_is_loaded_before_the_dependency_wait_and_nothing_stored(kind,
         assert len(re.findall(r"ld\.global", after)) >= 5
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["plain", "kda", "a destination a token"])
-def test_in_a_placed_plan_nothing_passes_through_shared_memory(arch, state, kind):
-    config = config_of(state, **KINDS.get(kind, {}))
-    plans = placed(config, arch)
-    assert plans
-    for plan in plans:
-        found = compiled(config, plan, arch)
-        assert found.manifest["spills"] <= MAY_SPILL.get(arch, 0)
-        assert found.wide_loads >= found.tile
-        assert "bar.sync" not in found.ptx
-        assert found.manifest["shared"] == 0
-
-
 @pytest.mark.parametrize("kind", ["plain", "accepted, one token", "a destination a token"])
 def test_a_late_plan_reads_no_state_before_it_waits(kind):
     config = config_of("fp32", pdl=True, **KINDS.get(kind, {}))
-    early = dispatch(config, Arch.of("sm_90"))[-1].plan
-    found = compiled(config, dataclasses.replace(early, early=False), "sm_90")
+    plan = dispatch(config, Arch.of("sm_90"))[-1].plan
+    found = compiled(config, dataclasses.replace(plan, early=False), "sm_90")
     before, after = found.ptx.split("griddepcontrol.wait", 1)
     assert not re.search(r"ld\.global[.\w:]*\.v4\.b32", before)
     assert "griddepcontrol.launch_dependents" in after.split("ld.global")[0]

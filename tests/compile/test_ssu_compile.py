@@ -246,7 +246,9 @@ def test_dependent_launch_is_there_only_where_asked_for_and_supported(arch, stat
 
 @pytest.mark.parametrize(("state", "rounding"), [("fp32", "nearest"), ("fp16", "stochastic")])
 def test_the_state_is_loaded_before_the_dependency_wait(state, rounding):
-    found = for_largest("sm_90", algorithm="simple", state_dtype=state, rounding=rounding, pdl=True)
+    config = KernelConfig(algorithm="simple", state_dtype=state, rounding=rounding, pdl=True)
+    plan = dispatch(config, Arch.of("sm_90"))[-1].plan
+    found = compiled(config, dataclasses.replace(plan, early=True), "sm_90")
     before, after = found.ptx.split("griddepcontrol.wait", 1)
     loads = re.findall(r"ld\.global[.\w:]*\.v4\.b32", before)
     assert 16 * 32 * found.plan.num_warps * len(loads) >= found.tile
@@ -295,9 +297,8 @@ def test_capped_plans_of_small_states_fit_without_spills(state):
 @pytest.mark.parametrize(("state", "ntokens"), [("fp32", 1), ("fp16", 1), ("bf16", 3)])
 def test_a_late_plan_reads_no_state_before_it_waits(state, ntokens):
     config = KernelConfig(algorithm="simple", state_dtype=state, ntokens=ntokens, pdl=True)
-    early = dispatch(config, Arch.of("sm_90"))[-1].plan
-    assert early.early
-    found = compiled(config, dataclasses.replace(early, early=False), "sm_90")
+    plan = dispatch(config, Arch.of("sm_90"))[-1].plan
+    found = compiled(config, dataclasses.replace(plan, early=False), "sm_90")
     assert_within_limits(found)
     before, after = found.ptx.split("griddepcontrol.wait", 1)
     assert not re.search(r"ld\.global[.\w:]*\.v4\.b32", before)

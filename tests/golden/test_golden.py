@@ -108,9 +108,6 @@ GOLDEN = {
         {"ntokens": 11, "index_dtype": None},
     ),
     "gdn_simple_fp32_sm_90": (GDN, "sm_90", {"family": "gdn", "pdl": True}),
-    "gdn_simple_placed_fp32_sm_90": (
-        dataclasses.replace(GDN, placed=True), "sm_90", {"family": "gdn"},
-    ),
     "gdn_simple_interleaved_tokens_bf16_sm_90": (
         GDN,
         "sm_90",

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gpu
 STATES = ("fp32", "bf16", "fp16 + SR 10", "int16", "int8 + SR 10", "fp8_e4m3fn")
 
 
+@pytest.mark.timed
 def test_a_graph_takes_as_long_as_its_work():
     small, large = (torch.randn(n * 2**20, device="cuda") for n in (8, 64))
     few, many = (time_graph([functools.partial(t.mul_, -1)] * 4) for t in (small, large))
@@ -45,6 +46,7 @@ def test_a_graph_keeps_what_its_launches_hold():
     assert all(other.min() == 1 for other in others)
 
 
+@pytest.mark.timed
 def test_interleaved_times_are_those_of_graphs_alone():
     data = torch.randn(2**26, device="cuda")
     launch = functools.partial(data.mul_, -1)
@@ -64,6 +66,7 @@ def test_spread_writes_every_row_as_often_as_asked_and_nothing_else(count):
     assert memory[3 * 4 * count :].isnan().all()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("label", STATES)
 def test_ssmgen_is_right_and_no_faster_than_memory(label):
     problem = make(config_of(label), 64, 32)

@@ -11,7 +11,6 @@ from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, v
 from gdn_steps import Model
 from gdn_tolerances import assert_within_fla, assert_within_flashinfer
 from launching import launch
-from placing import placed
 from serving import assert_close, assert_same_outputs
 from serving_gdn import Server, exact
 from ssu_calls import digest, moved, raw, same
@@ -56,16 +55,6 @@ def test_real_shapes_are_right(heads, sizes, rounded, order):
 def test_every_kind_of_call_is_right(kind, state, order):
     call = make(state, order=order, **{**ODD, **KINDS[kind]})
     verify(call, run(call))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_every_placed_plan_is_right(kind, state):
-    call = make(state, **{**ODD, **KINDS[kind]})
-    for plan in placed(call.layout().config):
-        after = moved(call, "cuda")
-        launch(after, plan)
-        verify(call, moved(after, "cpu"))
 
 
 @pytest.mark.parametrize("order", LAYOUTS)

@@ -8,7 +8,6 @@ from gdn_calls import KINDS, LAYOUTS, STATES, GdnCall, make, row_of, token_of, v
 from gdn_tolerances import assert_within_flashinfer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placing import placed
 from ssu_calls import raw, same
 
 import ssmgen
@@ -23,20 +22,6 @@ def test_every_kind_of_call_is_right(kind, order):
     call = make(**{**SMALL, **KINDS[kind], "order": order})
     assert call.layout().config.state_layout == order
     verify(call, call.interpreted())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_a_placed_plan_gives_the_same_bits(state, kind):
-    call = make(state, **{**SMALL, **KINDS[kind]})
-    wanted = call.interpreted()
-    plans = placed(call.layout().config)
-    assert bool(plans) == call.layout().config.aligned
-    for plan in plans:
-        found = call.interpreted(plan)
-        verify(call, found)
-        assert same(found["out"], wanted["out"])
-        assert same(found["state"], wanted["state"])
 
 
 @pytest.mark.parametrize("order", LAYOUTS)

@@ -58,7 +58,7 @@ def test_a_drift_meets_all_alike(drift):
 def test_the_plan_in_use_stays_if_nothing_is_faster_by_more_than_the_noise():
     same = {f"p{i}": 10.0 for i in range(12)}
     changed = sum(Track(same, noise=0.03, seed=s).run("p5").changed for s in range(200))
-    # Of a dozen equals one is always first; it must seldom be first by two standard errors.
+    # Of a dozen equals one is always first; it must seldom be first by so many standard errors.
     assert changed <= 20
 
 
@@ -81,13 +81,15 @@ def test_half_go_after_each_stage_and_the_plan_in_use_never():
     track = Track(MANY, noise=0.001)
     found = track.run("p19")
     counts = [len(set(entrants)) for entrants in track.rounds]
-    assert counts[:3] == [20, 20, 20]
+    # p9 and those after it are hopeless, in the first round already.
+    assert counts[:3] == [20, 10, 10]
     assert counts == sorted(counts, reverse=True)
-    assert counts[3] <= 11
+    assert counts[3] <= 6
     assert counts[-1] <= FINALISTS + 1
     assert all("p19" in entrants for entrants in track.rounds)
     by_name = {s.entrant: s for s in found.standings}
-    assert by_name["p15"].rounds == 3
+    assert by_name["p15"].rounds == 1
+    assert by_name["p8"].rounds == 3
     assert LEAST <= found.rounds <= MOST
     assert by_name["p0"].rounds == found.rounds
     assert found.standings[0].entrant == "p0"
@@ -126,7 +128,9 @@ def test_time_is_kept_and_one_round_is_run_without_any():
         found = track.run("p4", seconds)
         assert 1 <= found.rounds <= most
         assert track.now <= seconds + 0.0003 or found.rounds == 1
-    assert not Track(MANY).run("p4", 0.0).changed  # one round proves nothing
+    # One round proves little, but p8 is 24% behind.
+    assert not Track(MANY).run("p1", 0.0).changed
+    assert Track(MANY).run("p8", 0.0).changed
 
 
 def test_a_clear_case_ends_early_and_a_close_one_late():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...cost import Work
-from ..base import Argument, Family, Layout, lanes
+from ..base import Argument, Family, Layout
 from .config import ITEMSIZE, GdnConfig
 from .layers import DeltaNet, Kda
 from .work import work
@@ -20,12 +19,6 @@ __all__ = ["FAMILY", "Gdn", "GdnConfig"]
 
 # The shape the dispatch table is written for: K and V of one head.
 REFERENCE_K, REFERENCE_V = 128, 128
-
-
-def placeable(config: GdnConfig) -> bool:
-    """Whether the source may say who holds what: of 16 bytes of a row a lane."""
-    plain = config.rounding == "nearest" and config.state_layout == "VK"
-    return config.aligned and plain and not config.pdl
 
 
 class Gdn(Family):
@@ -118,7 +111,6 @@ class Gdn(Family):
             "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
             "mask_cols": config.head_k_dim != plan.block_n,
             "tiles": config.head_v_dim // plan.block_m,
-            **lanes(plan, ITEMSIZE[config.state_dtype]),
         }
 
     def dispatch_keys(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
@@ -151,15 +143,7 @@ class Gdn(Family):
             evict_first=plan.evict_first,
             maxnreg=plan.maxnreg,
             early=plan.early or not (config.pdl and arch.pdl),
-            placed=plan.placed and placeable(config),
         )
-
-    def candidates(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        placed = placeable(config)
-        return [replace(plan, placed=placed) for plan in super().candidates(config, arch)]
-
-    def shortlist(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        return [plan for plan in super().candidates(config, arch) if plan.early]
 
     def work(self, config: GdnConfig, plan: Plan) -> Work:  # type: ignore[override]
         return work(config, plan)

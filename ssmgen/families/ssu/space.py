@@ -57,10 +57,12 @@ def candidates(config: SsuConfig) -> list[Plan]:
     found: list[Plan] = []
     for evict in (False, True):
         for early in (True, False) if config.pdl else (True,):
-            found += _plans(
-                "simple", (4, 8, 16, 32, 64), (COLUMNS,), (1, 2, 4, 8),
-                evict_first=evict, early=early, placed=placeable(config),
-            )  # fmt: skip
+            # A warp alone waits for no other where it passes through shared memory.
+            for warps, placed in (((1,), False), ((2, 4, 8), placeable(config))):
+                found += _plans(
+                    "simple", (4, 8, 16, 32, 64), (COLUMNS,), warps,
+                    evict_first=evict, early=early, placed=placed,
+                )  # fmt: skip
         # With PDL only the simple form loads the state before it waits.
         if not (config.many or config.pdl):
             found += _plans(
