@@ -45,7 +45,8 @@ class Measured:
     def __init__(self, data: dict[str, Any], family: str) -> None:
         self.counts = importlib.import_module(f"ssmgen.families.{family}.work")
         shortlist = spec(family).shortlist
-        plans = [Plan(**fields) for fields in data["plans"]]
+        # The model knows nothing of who holds what: a placed plan is its like.
+        plans = [dataclasses.replace(Plan(**fields), placed=False) for fields in data["plans"]]
         rows: list[dict[str, float]] = []
         self.cells: list[str] = []
         self.plans: list[Plan] = []
@@ -55,11 +56,15 @@ class Measured:
             for entry in run["cells"]:
                 if config_of(entry).family != family:
                     continue
-                times = {plans[int(i)]: us for i, us in entry["us"].items()}
+                times: dict[Plan, float] = {}
+                for i, us in entry["us"].items():
+                    times[plans[int(i)]] = min(us, times.get(plans[int(i)], np.inf))
                 one = config_of(entry).family == "ssu" and not config_of(entry).many  # type: ignore[attr-defined]
                 for pdl in (False, True) if one else (False,):
                     config = config_of(entry, pdl=pdl)
                     allowed = {p: t for p, t in times.items() if p.algorithm == "simple" or not pdl}
+                    if not allowed:
+                        continue
                     best = min(allowed.values())
                     fits = fitted(config, ARCH, shortlist(config, ARCH))
                     if (
@@ -155,6 +160,8 @@ def added(data: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
     cells = []
     for record in tuned["cells"]:
         config = KernelConfig.from_json(record["config"])
+        if getattr(config, "pdl", False):
+            continue  # timed in a chain
         usual = type(config)(family=config.family).fields()
         fields = {k: v for k, v in config.fields().items() if v != usual[k]}
         if config.family != "ssu":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["rows_of", "table_text", "write_tables"]
 
 # What neighbouring sizes may lose by sharing a plan, however noisy they were.
-SLACK = 0.02
+SLACK = 0.005
 
 
 def write_tables(

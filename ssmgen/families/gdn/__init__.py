@@ -23,6 +23,7 @@ REFERENCE_K, REFERENCE_V = 128, 128
 
 class Gdn(Family):
     name = "gdn"
+    heads = (32, 8)
     layers = (DeltaNet(), Kda())
     fuses = False  # T tokens in one call have the bits of T calls
 
