@@ -44,9 +44,9 @@ test-all: $(READY)  ## The same, with every case of the products that test takes
 
 test-gpu: $(READY)  ## Run the tests that need a GPU; fails without one.
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no GPU here")'
-	@$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2> /dev/null && echo '-n auto') \
-		-m 'gpu and not timed' tests/gpu
-	@$(RUN) -m pytest -m 'gpu and timed' tests/gpu
+	@$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2> /dev/null && echo '-n auto --maxprocesses 16') \
+		-m 'gpu and not timed' tests/gpu; first=$$?; \
+		$(RUN) -m pytest -m 'gpu and timed' tests/gpu && exit $$first
 
 # Without torch's cache every tensor is an allocation of its own, whose end is seen.
 SANITIZER = env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no \

@@ -5,9 +5,11 @@
     python benchmarks/fit.py --add report.json           adds what `ssmgen tune --report` measured
 
 The loss of a cell is by how much the plan of least estimated cost was slower than the best plan
-measured there. A chosen plan that the run left out because it was slow counts as 20% behind. What
-belongs to the GPU (`ssmgen.cost.CONSTANTS`) is found with the counts of ssu; the other families
-take it as it is. With ``--only`` all but the named constants stay as they are.
+measured there. A chosen plan that the run left out because it was slow counts as 20% behind. One
+token of ssu counts twice, with `pdl` by the same times of its simple plans: what was timed in a
+chain is not added. What belongs to the GPU (`ssmgen.cost.CONSTANTS`) is found with the counts of
+ssu; the other families take it as it is. With ``--only`` all but the named constants stay as they
+are.
 """
 
 from __future__ import annotations

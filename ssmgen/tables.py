@@ -97,6 +97,11 @@ def find(family: str, keys: Sequence[str], arch: Arch, gpu: str | None) -> Table
     return None
 
 
+def by_hand(family: str, keys: Sequence[str]) -> bool:
+    """Whether any of `keys` has a table for all GPUs (`ANY`)."""
+    return any(_table(root, family, ANY, ANY, key) for root in roots() for key in keys)
+
+
 @functools.cache
 def _folders(root: Path, family: str, arch: str) -> tuple[str, ...]:
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..config import KernelConfig
     from ..plan import Plan
 
-__all__ = ["Argument", "Family", "Layout", "lanes"]
+__all__ = ["Argument", "Family", "Layout"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,6 @@ class Layout:
     scalars: tuple[int, ...]
     batch: int
     nheads: int
-
-
-def lanes(plan: Plan, itemsize: int) -> dict[str, int]:
-    """Of a placed plan: the columns of a row that a lane has side by side, 16 bytes of them where
-    there are as many, and the lanes along a row."""
-    if not plan.placed:
-        return {}
-    held = plan.block_m * plan.block_n // (32 * plan.num_warps)
-    columns = max(1, min(16 // itemsize, held, plan.block_n))
-    return {"lane_columns": columns, "lanes": min(32, plan.block_n // columns)}
 
 
 class Family(ABC):

@@ -23,8 +23,9 @@ ROUNDS = 3
 # Entrants of the last stage, besides the one in use, and the rounds it has at least and at most.
 FINALISTS = 4
 LEAST, MOST = 8, 24
-# An entrant so far behind the first goes at once, after the first round too.
-HOPELESS = 1.25
+# An entrant so far behind the first goes at once: after the first round, in which any of them may
+# have been unlucky, and after each stage.
+FAR, HOPELESS = 2.0, 1.25
 # Below this nothing is a difference: two runs of a process differ by as much.
 FLOOR = 0.003
 # The standard error of what was seen in one round alone: it is under 1%, but the first of many
@@ -104,20 +105,19 @@ def race(
             longest = max(longest, clock() - start)
         return True
 
-    def keep(most: int) -> None:
-        """So many of those that are left, without the hopeless, and the one in use."""
+    def keep(most: int, within: float) -> None:
+        """So many of those that are left and not that far behind, and the one in use."""
         nonlocal alive
         ranked = _ranked(alive, times)
-        first = ranked[0]
+        first, far = ranked[0], math.log(within)
         near = [a for a in ranked[:most] if _ratio(times[a], times[first])[0] < far]
         alive = [a for a in alive if a in near or a == present]
 
-    far = math.log(HOPELESS)
     more = stage(1)
-    keep(len(alive))
+    keep(len(alive), FAR)
     more = more and stage(ROUNDS - 1)
     while more and len(alive) > FINALISTS + 1:
-        keep(max(FINALISTS, math.ceil(len(alive) / 2)))
+        keep(max(FINALISTS, math.ceil(len(alive) / 2)), HOPELESS)
         more = stage(ROUNDS)
     if more:
         more = stage(LEAST - ROUNDS)
@@ -169,7 +169,8 @@ def _noise(present: dict[int, float], twin: dict[int, float]) -> float:
     if not twin:
         return FLOOR
     apart, error = _ratio(present, twin)
-    return max(FLOOR, abs(apart), error)
+    # Of a twin that ran once it is not known; that of the lead counts, too.
+    return max(FLOOR, abs(apart), error if len(twin) > 1 else 0.0)
 
 
 def _decided(
@@ -180,7 +181,7 @@ def _decided(
     first = _ranked(alive, times)[0]
     noise = _noise(times[present], twin)
     lead, error = _ratio(times[present], times[first])
-    return lead - SURE * error > noise or lead + 2 * error < noise
+    return lead - SURE * error > noise or lead + SURE * error < noise
 
 
 def _standing(entrant: T, own: dict[int, float], first: dict[int, float]) -> Standing[T]:

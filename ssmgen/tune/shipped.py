@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .. import tables
 from ..config import KernelConfig
+from ..families import spec
 from ..families.conv1d.config import Conv1dConfig
 from ..families.gdn.config import GdnConfig
 from ..families.ssu.config import SsuConfig
@@ -19,8 +21,9 @@ TOKENS = (2, 4, 6)
 def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     """`configs`, of the manifests, and what these do not name: drafts on the states that they do,
     in the reference shape. Of the gated delta nets, and the convolutions of 16-bit layers, the
-    plainest come first, so that they stand for those that share a key with them."""
-    given = [c for c in configs if not _by_hand(c)]
+    plainest come first, so that they stand for those that share a key with them. What has a table
+    written by hand is left out."""
+    given = [c for c in configs if not tables.by_hand(c.family, spec(c.family).dispatch_keys(c))]
     found: list[KernelConfig] = []
     chained: dict[str, Any] = {"pdl": True}
     verify: dict[str, Any] = {
@@ -41,14 +44,6 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     for state, rounding, rounds in states:
         found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
     return list(dict.fromkeys(found))
-
-
-def _by_hand(config: KernelConfig) -> bool:
-    """Whether its table is: of prefill; and of (K, V) states, whose sums over K have an order of
-    their own in each tile. One plan for all sizes makes their bits those of any batch."""
-    if isinstance(config, GdnConfig):
-        return config.state_layout == "KV"
-    return isinstance(config, Conv1dConfig) and config.prefill
 
 
 def _drafts(**state: Any) -> Iterator[KernelConfig]:

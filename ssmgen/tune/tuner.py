@@ -268,7 +268,7 @@ def _plain(outcome: Outcome[Plan]) -> dict[str, Any]:
         "winner": outcome.winner.fields(),
         "present": outcome.present.fields(),
         "margin": round(outcome.margin, 5),
-        "noise": round(min(outcome.noise, 1.0), 5),
+        "noise": round(outcome.noise, 5),
         "rounds": outcome.rounds,
         "standings": [
             {
@@ -277,7 +277,7 @@ def _plain(outcome: Outcome[Plan]) -> dict[str, Any]:
                 "spread": round(s.spread, 5),
                 "rounds": s.rounds,
                 "ratio": round(s.ratio, 5),
-                "error": round(min(s.error, 1.0), 5),
+                "error": round(s.error, 5),
             }
             for s in outcome.standings
         ],

@@ -16,7 +16,7 @@ from ssmgen.tune.check import check
 from ssmgen.tune.rig import GpuRig
 from ssmgen.tune.tuner import cells_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timed]
 
 CONFIG = KernelConfig(state_dtype="fp16", index_dtype="int32")
 
@@ -44,7 +44,6 @@ def test_a_table_of_this_gpu_is_written_and_used(tuned, monkeypatch):
     assert not problem.verify(planned(problem, variant.function, variant.plan))
 
 
-@pytest.mark.timed
 def test_no_candidate_is_wrong_and_the_times_make_sense(tuned):
     _, _, report = tuned
     for cell in report.cells:
@@ -61,7 +60,6 @@ def test_a_second_run_measures_nothing(tuned):
     assert again.tables
 
 
-@pytest.mark.timed
 def test_check_runs_and_finds_the_plan_in_use_among_the_best():
     rig = GpuRig()
     cells = cells_of([CONFIG], rig.arch, rig.gpu, (3 * 24 * 7,))

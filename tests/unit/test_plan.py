@@ -416,6 +416,22 @@ def test_every_table_that_was_measured_is_used_as_it_was_measured(path, data):
     assert "cost model" not in dispatch(config, Arch.of(arch), data["gpu"])[0].why
 
 
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H200"])
+def test_states_of_k_by_v_have_one_plan_for_any_batch_and_any_tokens(name, gpu):
+    for state, rounding in (("fp32", "nearest"), ("bf16", "nearest"), ("fp16", "stochastic")):
+        fields = {"family": "gdn", "state_layout": "KV", "state_dtype": state, "rounding": rounding}
+        for more in ({}, {"ntokens": 4}, {"pdl": True}, {"head_k_dim": 256, "head_v_dim": 64}):
+            one = KernelConfig(**fields, **more)
+            choices = dispatch(one, Arch.of(name), gpu)
+            assert len(choices) == 1, (state, more)
+            assert choices[0].why.startswith("table any/any/")
+        assert (
+            dispatch(KernelConfig(**fields), Arch.of(name), gpu)[0].plan
+            == dispatch(KernelConfig(**fields, ntokens=4), Arch.of(name), gpu)[0].plan
+        )
+
+
 def test_every_config_is_served_and_never_by_a_rejected_pair():
     for state, name, rounding, pdl in itertools.product(
         STATES, KNOWN, ("nearest", "stochastic"), (False, True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..base import Argument, Family, Layout, lanes
+from ..base import Argument, Family, Layout
 from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
-from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, next_power_of_2
+from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, lanes, next_power_of_2
 from .layers import Mamba1, Mamba2
 from .work import work
 

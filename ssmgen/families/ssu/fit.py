@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...arch import Arch
     from ...plan import Plan
 
-__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "next_power_of_2", "placeable"]
+__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "lanes", "next_power_of_2", "placeable"]
 
 # The shape the dispatch table is written for: one Mamba2 head.
 REFERENCE_DIM, REFERENCE_DSTATE = 64, 128
@@ -50,6 +50,16 @@ def placeable(config: SsuConfig) -> bool:
     """Whether the source may say who holds what: 16 bytes a lane of what is stored as it is."""
     plain = config.rounding == "nearest" and not config.state_scale_t
     return config.aligned and plain and not config.parents_dtype and not config.pdl
+
+
+def lanes(plan: Plan, itemsize: int) -> dict[str, int]:
+    """Of a placed plan: the columns of a row that a lane has side by side, 16 bytes of them where
+    there are as many, and the lanes along a row."""
+    if not plan.placed:
+        return {}
+    held = plan.block_m * plan.block_n // (32 * plan.num_warps)
+    columns = max(1, min(16 // itemsize, held, plan.block_n))
+    return {"lane_columns": columns, "lanes": min(32, plan.block_n // columns)}
 
 
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:
