@@ -38,6 +38,40 @@ def sigmoid(v):
 
 
 @triton.jit
+def halves(t):
+    return tl.split(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)))
+
+
+@triton.jit
+def row_dot(h, w):
+    # <h, w> of each row: the eight columns of a lane in turn, fused, then across lanes.
+    w = tl.broadcast_to(w[None, :], h.shape)
+    h0_of_2, h1_of_2 = halves(h)
+    w0_of_2, w1_of_2 = halves(w)
+    h0_of_4, h2_of_4 = halves(h0_of_2)
+    h1_of_4, h3_of_4 = halves(h1_of_2)
+    w0_of_4, w2_of_4 = halves(w0_of_2)
+    w1_of_4, w3_of_4 = halves(w1_of_2)
+    h0_of_8, h4_of_8 = halves(h0_of_4)
+    h1_of_8, h5_of_8 = halves(h1_of_4)
+    h2_of_8, h6_of_8 = halves(h2_of_4)
+    h3_of_8, h7_of_8 = halves(h3_of_4)
+    w0_of_8, w4_of_8 = halves(w0_of_4)
+    w1_of_8, w5_of_8 = halves(w1_of_4)
+    w2_of_8, w6_of_8 = halves(w2_of_4)
+    w3_of_8, w7_of_8 = halves(w3_of_4)
+    s = h0_of_8 * w0_of_8
+    s = tl.fma(h1_of_8, w1_of_8, s)
+    s = tl.fma(h2_of_8, w2_of_8, s)
+    s = tl.fma(h3_of_8, w3_of_8, s)
+    s = tl.fma(h4_of_8, w4_of_8, s)
+    s = tl.fma(h5_of_8, w5_of_8, s)
+    s = tl.fma(h6_of_8, w6_of_8, s)
+    s = tl.fma(h7_of_8, w7_of_8, s)
+    return tl.sum(s, axis=1)
+
+
+@triton.jit
 def gdn_simple(
     state,
     q,
@@ -152,9 +186,9 @@ def gdn_simple(
         decay = tl.exp(rate * softplus(a_))
         beta = sigmoid(b_)
         h *= decay
-        delta = beta * (v_ - tl.sum(h * k_[None, :], axis=1))
+        delta = beta * (v_ - row_dot(h, k_))
         h = tl.fma(delta[:, None], k_[None, :], h)
-        o = tl.sum(h * q_[None, :], axis=1)
+        o = row_dot(h, q_)
         o = tl.where(live, o, blank)
         tl.store(out_rows + token * out_token_stride + rows, o.to(tl.bfloat16))
         dst_at = dst_row + token * dst_slots_column_stride
