@@ -13,8 +13,9 @@ __all__ = ["placed"]
 
 
 def placed(config: Any, arch: str = "sm_90") -> list[Plan]:
-    """The distinct simple plans of a config's dispatch, placed; none where none can be."""
+    """The distinct plans of a config's dispatch, if it must be simple, placed; none where none can
+    be."""
     family, where = spec(config.family), Arch.of(arch)
-    simple = (c.plan for c in dispatch(config, where) if c.plan.algorithm == "simple")
-    plans = (family.fit(config, dataclasses.replace(p, placed=True), where) for p in simple)
+    choices = dispatch(config.replace(algorithm="simple"), where)
+    plans = (family.fit(config, dataclasses.replace(c.plan, placed=True), where) for c in choices)
     return [plan for plan in dict.fromkeys(plans) if plan.placed]
