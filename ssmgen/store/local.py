@@ -129,7 +129,8 @@ class Store:
             if self._publish(stage, target) or (
                 self.get(key, toolchain) is None and self._publish(stage, target)
             ):
-                _sync(target.parent)
+                with contextlib.suppress(FileNotFoundError):  # evicted meanwhile, folder and all
+                    _sync(target.parent)
         except OSError as error:
             raise self._refused(error) from error
         finally:

@@ -639,13 +639,13 @@ def test_a_picture_has_time_and_share_of_every_contestant_in_its_colour(tmp_path
     chosen = [c for c in published["cells"]
               if (c["heads"], c["dim"], c["state"]) == (128, 64, "fp16")]  # fmt: skip
     times, shares = ({each.get_label(): each for each in axis.lines} for axis in (time, share))
-    assert set(times) == {"ssmgen", "flashinfer", "vllm", "floor"}
+    assert set(times) == {"ssmgen", "flashinfer", "vllm", "copy", "floor"}
     assert list(times["vllm"].get_ydata()) == [c["us"]["vllm"] for c in chosen]
     assert list(times["floor"].get_ydata()) == [c["floor_us"] for c in chosen]
     assert list(shares["vllm"].get_ydata()) == [
         pytest.approx(100 * c["floor_us"] / c["us"]["vllm"]) for c in chosen
     ]
-    assert [each.get_label() for each in stochastic.lines] == ["ssmgen", "flashinfer"]
+    assert [each.get_label() for each in stochastic.lines] == ["ssmgen", "flashinfer", "copy"]
     # The second picture has no FlashInfer.
     (other,) = (e for e in figures[1].axes[0].lines if e.get_label() == "vllm")
     assert other.get_color() == times["vllm"].get_color()

@@ -15,11 +15,11 @@ from ssu_configs import configs
 from ssmgen import launcher
 from ssmgen.arch import Arch
 from ssmgen.bench.grid import config_of
-from ssmgen.bench.problem import POOL_BYTES, make, plan_of, planned
+from ssmgen.bench.problem import make, plan_of, planned
 from ssmgen.bench.problems.ssu import SsuProblem, groups, moved
 from ssmgen.errors import UnsupportedError
 from ssmgen.families import spec
-from ssmgen.families.ssu.config import ITEMSIZE, SsuConfig
+from ssmgen.families.ssu.config import SsuConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -82,13 +82,8 @@ def test_the_floors_of_published_results_are_these_bytes():
     data = json.loads((RESULTS / "ssu-h200.json").read_text())
     seen = set()
     for cell in data["cells"]:
-        nheads, dim = cell["heads"], cell["dim"]
-        config = config_of(cell["state"], dim=dim)
-        slot = nheads * dim * 128 * ITEMSIZE[config.state_dtype]
-        sets = min(2048, max(2, -(-POOL_BYTES // (cell["batch"] * slot))))
-        # Then the indices of all sets were counted, and the seed was not.
-        then = 8 * (sets - 1) * cell["batch"] - 8 * (config.rounding == "stochastic")
-        floor = (moved(config, cell["batch"], nheads) + then) / data["bandwidth"] * 1e6
+        config = config_of(cell["state"], dim=cell["dim"])
+        floor = moved(config, cell["batch"], cell["heads"]) / data["bandwidth"] * 1e6
         assert floor == pytest.approx(cell["floor_us"], rel=1e-9), cell
         seen.add(cell["state"])
     assert len(seen) == 12
