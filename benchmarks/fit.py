@@ -1,20 +1,25 @@
-"""Find the constants of the cost model in measured times of plans, and say how good they are.
+"""Find what the cost model goes by in measured times of plans, and say how good it is.
 
-    python benchmarks/fit.py                             prints the losses of those that ship
-    python benchmarks/fit.py --family gdn --seconds 300  searches for better ones and prints them
+    python benchmarks/fit.py                             prints the losses of what ships
+    python benchmarks/fit.py --family gdn --seconds 300  searches for better constants, prints them
+    python benchmarks/fit.py --lists                     writes the lists of plans anew
     python benchmarks/fit.py --add report.json           adds what `ssmgen tune --report` measured
 
 The loss of a cell is by how much the plan of least estimated cost was slower than the best plan
-measured there. A chosen plan that the run left out because it was slow counts as 20% behind. One
-token of ssu counts twice, with `pdl` by the same times of its simple plans: what was timed in a
-chain is not added. What belongs to the GPU (`ssmgen.cost.CONSTANTS`) is found with the counts of
-ssu; the other families take it as it is. With ``--only`` all but the named constants stay as they
-are.
+measured there. A plan that did not race counts as 20% behind, and is told apart in what is
+printed. Times with `pdl` are those in a chain. What belongs to the GPU (`ssmgen.cost.CONSTANTS`) is
+found with the counts of ssu; the other families take it as it is. With ``--only`` all but the named
+constants stay as they are.
+
+A list has the plans among which the estimate chooses for one state dtype and form, each with a
+factor on its estimate: what the compiler makes of it. They are found at random, from one seed:
+those whose choice loses least.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import importlib
 import json
@@ -27,17 +32,22 @@ import numpy as np
 from ssmgen.arch import Arch
 from ssmgen.config import KernelConfig
 from ssmgen.cost import CONSTANTS, Constants, Work, estimate
+from ssmgen.errors import ConfigError
 from ssmgen.families import spec
 from ssmgen.plan import Plan, fitted
 
-DATA = Path(__file__).parent / "results" / "plans-h200.json"
+DATA = Path(__file__).parent / "results" / "plans-shipped-h200.json"
+LISTS = Path(__file__).parents[1] / "cache" / "shortlists"
 LEFT_OUT = 1.2
 ARCH = Arch.of("sm_90")
 FAMILIES = ("ssu", "gdn", "conv1d")
+# The most plans of a list, the steps of a search for one, the searches; factors.
+LONGEST, STEPS, STARTS = 6, 3000, 4
+FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
 
 
-def config_of(entry: dict[str, Any], **more: Any) -> KernelConfig:
-    return KernelConfig(**{"family": "ssu", **entry["config"], **more})
+def config_of(entry: dict[str, Any]) -> KernelConfig:
+    return KernelConfig(**{"family": "ssu", **entry["config"]})
 
 
 class Measured:
@@ -47,53 +57,44 @@ class Measured:
     def __init__(self, data: dict[str, Any], family: str) -> None:
         self.counts = importlib.import_module(f"ssmgen.families.{family}.work")
         shortlist = spec(family).shortlist
-        # The model knows nothing of who holds what: a placed plan is its like.
-        plans = [dataclasses.replace(Plan(**fields), placed=False) for fields in data["plans"]]
+        plans = [Plan(**fields) for fields in data["plans"]]
         rows: list[dict[str, float]] = []
         self.cells: list[str] = []
         self.plans: list[Plan] = []
-        cell, ratio, micro, heads = [], [], [], []
+        cell, ratio, micro, heads, factor = [], [], [], [], []
         for run in data["runs"]:
             complete = "few" not in run["plans"]
             for entry in run["cells"]:
-                if config_of(entry).family != family:
+                config = config_of(entry)
+                if config.family != family:
                     continue
-                times: dict[Plan, float] = {}
-                for i, us in entry["us"].items():
-                    times[plans[int(i)]] = min(us, times.get(plans[int(i)], np.inf))
-                one = config_of(entry).family == "ssu" and not config_of(entry).many  # type: ignore[attr-defined]
-                for pdl in (False, True) if one else (False,):
-                    config = config_of(entry, pdl=pdl)
-                    allowed = {p: t for p, t in times.items() if p.algorithm == "simple" or not pdl}
-                    if not allowed:
+                times = {plans[int(i)]: us for i, us in entry["us"].items()}
+                best = min(times.values())
+                factors = shortlist(config, ARCH)
+                fits = fitted(config, ARCH, factors)
+                if min((times.get(p, np.inf) for p in fits), default=np.inf) > LEFT_OUT * best:
+                    continue  # of a few plans, none that is listed and near the best
+                for plan, wanted in fits.items():
+                    us = times.get(plan, LEFT_OUT * best if complete else None)
+                    if us is None:
                         continue
-                    best = min(allowed.values())
-                    fits = fitted(config, ARCH, shortlist(config, ARCH))
-                    if (
-                        min((allowed.get(p, np.inf) for p in fits), default=np.inf)
-                        > LEFT_OUT * best
-                    ):
-                        continue  # of a few plans, none that is listed and near the best
-                    for plan in fits:
-                        us = allowed.get(plan, LEFT_OUT * best if complete else None)
-                        if us is None:
-                            continue
-                        cell.append(len(self.cells))
-                        ratio.append(us / best)
-                        micro.append(us if plan in allowed else np.nan)
-                        heads.append(entry["batch"] * entry["nheads"])
-                        rows.append(self.counts.facts(config, plan))
-                        self.plans.append(plan)
-                    what = " ".join(map(str, entry["config"].values()))
-                    suffix = " pdl" if pdl else ""
-                    self.cells.append(f"{what} {entry['batch']}x{entry['nheads']}{suffix}")
+                    cell.append(len(self.cells))
+                    ratio.append(us / best)
+                    micro.append(us if plan in times else np.nan)
+                    heads.append(entry["batch"] * entry["nheads"])
+                    factor.append(factors[wanted])
+                    rows.append(self.counts.facts(config, plan))
+                    self.plans.append(plan)
+                what = " ".join(map(str, entry["config"].values()))
+                self.cells.append(f"{what} {entry['batch']}x{entry['nheads']}")
         self.facts = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
         self.cell, self.ratio = np.array(cell), np.array(ratio)
         self.us, self.heads = np.array(micro), np.array(heads, float)
+        self.factor = np.array(factor)
 
     def estimates(self, constants: Constants, counts: Any) -> np.ndarray:
         work = Work(**self.counts.counted(self.facts, counts))
-        return estimate(work, ARCH, constants)(self.heads)
+        return self.factor * estimate(work, ARCH, constants)(self.heads)
 
     def losses(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The loss of each cell and the entry that was chosen there."""
@@ -146,13 +147,104 @@ def report(measured: Measured, constants: Constants, counts: Any, worst: int = 8
     times = measured.estimates(constants, counts)
     losses, chosen = measured.losses(times)
     error = np.nanmedian(np.abs(times / measured.us - 1))
+    raced = np.isfinite(measured.us[chosen])
     lines = [
         f"{len(losses)} cells: worst loss {losses.max():.1%}, median {np.median(losses):.1%}, "
-        f"{np.sum(losses > 0.1)} above 10%; median error of an estimate {error:.1%}"
+        f"{np.sum(raced & (losses > 0.1))} above 10%, {np.sum(~raced)} of a plan that did not "
+        f"race; median error of an estimate {error:.1%}"
     ]
     for i in np.argsort(-losses)[:worst]:
         lines.append(f"  {losses[i]:6.1%}  {measured.cells[i]:32} {measured.plans[chosen[i]]}")
     return "\n".join(lines)
+
+
+class Race:
+    """The cells that one list serves: what each plan lost in them, and its estimates."""
+
+    def __init__(self, cells: list[tuple[KernelConfig, int, dict[Plan, float]]]) -> None:
+        family = spec(cells[0][0].family)
+        # As plans stand in a list: the first that becomes what raced, in any cell.
+        raced: dict[Plan, None] = {}
+        for config, _, times in cells:
+            wanted = fitted(config, ARCH, family.candidates(config, ARCH))
+            raced |= dict.fromkeys(wanted[plan] for plan in times if plan in wanted)
+        self.plans = sorted(raced, key=str)
+        shape = len(cells), len(self.plans)
+        self.loss, self.cost = np.full(shape, LEFT_OUT - 1), np.full(shape, np.inf)
+        for i, (config, heads, times) in enumerate(cells):
+            best = min(times.values())
+            for j, wanted in enumerate(self.plans):
+                try:
+                    plan = family.fit(config, wanted, ARCH)
+                except ConfigError:
+                    continue
+                self.cost[i, j] = estimate(family.work(config, plan), ARCH)(heads)
+                if plan in times:
+                    self.loss[i, j] = times[plan] / best - 1
+
+    def score(self, chosen: list[int], factors: np.ndarray) -> float:
+        """Of a list; a plan more, or a factor, has to be worth something."""
+        first = np.argmin(self.cost[:, chosen] * factors[chosen], axis=1)
+        losses = self.loss[np.arange(len(self.loss)), np.array(chosen)[first]]
+        price = 0.002 * len(chosen) + 0.001 * float(np.sum(factors[chosen] != 1))
+        over = np.maximum(losses - 0.03, 0)
+        return float(300 * np.mean(over**2) + losses.mean()) + price
+
+    def search(self, rng: np.random.Generator) -> list[tuple[Plan, float]]:
+        """Simulated annealing from the one plan that is best alone, several times."""
+        count = len(self.plans)
+        alone = min(range(count), key=lambda j: self.score([j], np.ones(count)))
+        best = ([alone], np.ones(count), self.score([alone], np.ones(count)))
+        for _ in range(STARTS):
+            chosen, factors, score = [alone], np.ones(count), self.score([alone], np.ones(count))
+            for step in range(STEPS):
+                new, weights = list(chosen), factors.copy()
+                what, j = rng.random(), int(rng.integers(count))
+                at = int(rng.integers(len(new)))
+                if what < 0.4:
+                    weights[new[at]] = rng.choice(FACTORS)
+                elif j not in new and (what < 0.65 or len(new) == LONGEST):
+                    new[at] = j
+                elif j not in new and what < 0.9:
+                    new.append(j)
+                elif len(new) > 1:
+                    new.pop(at)
+                found = self.score(new, weights)
+                warmth = 0.02 * (1 - step / STEPS) + 1e-9
+                if found < score or rng.random() < np.exp((score - found) / warmth):
+                    chosen, factors, score = new, weights, found
+                    if score < best[2]:
+                        best = chosen, factors, score
+        return [(self.plans[j], float(best[1][j])) for j in best[0]]
+
+
+def lists(data: dict[str, Any], family: str, seed: int) -> dict[str, list[tuple[Plan, float]]]:
+    """The lists of a family, by their names."""
+    plans = [Plan(**fields) for fields in data["plans"]]
+    found = collections.defaultdict(list)
+    for entry in (entry for run in data["runs"] for entry in run["cells"]):
+        config = config_of(entry)
+        if config.family == family:
+            times = {plans[int(i)]: us for i, us in entry["us"].items()}
+            for name in spec(family).listings(config)[:1]:
+                found[name].append((config, entry["batch"] * entry["nheads"], times))
+    return {name: Race(found[name]).search(np.random.default_rng(seed)) for name in sorted(found)}
+
+
+def text_of_lists(found: dict[str, list[tuple[Plan, float]]], family: str) -> str:
+    """JSON, a plan a line."""
+    texts = []
+    for name, entries in found.items():
+        lines = (json.dumps({"plan": short(p), "factor": f}) for p, f in entries)
+        texts.append(f'  "{name}": [\n    ' + ",\n    ".join(lines) + "\n  ]")
+    head = f' "family": "{family}",\n "measured": "{DATA.name}",\n "lists": {{\n'
+    return "{\n" + head + ",\n".join(texts) + "\n }\n}\n"
+
+
+def short(plan: Plan) -> dict[str, Any]:
+    """A plan's fields, without those that are as usual."""
+    known = Plan.__dataclass_fields__
+    return {n: v for n, v in plan.fields().items() if n in list(known)[:4] or v != known[n].default}
 
 
 def added(data: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +254,6 @@ def added(data: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
     cells = []
     for record in tuned["cells"]:
         config = KernelConfig.from_json(record["config"])
-        if getattr(config, "pdl", False):
-            continue  # timed in a chain
         usual = type(config)(family=config.family).fields()
         fields = {k: v for k, v in config.fields().items() if v != usual[k]}
         if config.family != "ssu":
@@ -180,11 +270,7 @@ def added(data: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
         cells.append({"config": fields, "batch": record["batch"], "nheads": record["nheads"],
                       "us": us})  # fmt: skip
     run = {"gpu": tuned["gpu"], "plans": "the entrants of `ssmgen tune`", "cells": cells}
-    known = Plan.__dataclass_fields__
-    shown = [
-        {n: v for n, v in plan.fields().items() if n in list(known)[:4] or v != known[n].default}
-        for plan in plans
-    ]
+    shown = [short(plan) for plan in plans]
     return {"plans": shown, "runs": [*data["runs"], run]}
 
 
@@ -207,12 +293,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0, help="search for so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="NAME,NAME", help="the constants to search for")
+    parser.add_argument("--lists", action="store_true", help="write the lists, and leave")
     parser.add_argument("--add", metavar="REPORT", help="add to the data, and leave")
     arguments = parser.parse_args()
     data = json.loads(Path(arguments.data).read_text())
     if arguments.add:
         data = added(data, json.loads(Path(arguments.add).read_text()))
         Path(arguments.data).write_text(text_of(data))
+        return
+    if arguments.lists:
+        for family in FAMILIES:
+            if named := lists(data, family, arguments.seed):
+                (LISTS / f"{family}.json").write_text(text_of_lists(named, family))
         return
     found = {config_of(entry).family for run in data["runs"] for entry in run["cells"]}
     for family in [arguments.family] if arguments.family else filter(found.__contains__, FAMILIES):

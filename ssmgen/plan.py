@@ -170,14 +170,18 @@ def fitted(config: KernelConfig, arch: Arch, plans: Iterable[Plan]) -> dict[Plan
 
 def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
     """Buckets of the plans of least estimated cost."""
-    plans = fitted(config, arch, family.shortlist(config, arch))
+    factors = family.shortlist(config, arch)
+    plans = fitted(config, arch, factors)
     if len(plans) == 1:
         return [(None, plan) for plan in plans]
     listed = [*plans]
-    costs = [estimate(family.work(config, plan), arch) for plan in listed]
+    costs = [
+        (factors[wanted], estimate(family.work(config, plan), arch))
+        for plan, wanted in plans.items()
+    ]
     sizes = [family.limit(config, size) for size in family.sizes]
     # By number: to hash a plan takes longer than to cost it.
-    cells = [{i: cost(size) for i, cost in enumerate(costs)} for size in sizes]
+    cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]
     trust = TRUST if arch.cc == FITTED else TRUST_ELSEWHERE
     chosen = [listed[i] for i in cover(cells, trust)]
     found: list[tuple[int | None, Plan]] = [

@@ -6,6 +6,7 @@ The generated source stays as it is; after it stands what the family's template
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from .arch import KNOWN, Arch
@@ -36,9 +37,11 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
     def unsupported(what: str) -> None:
         raise UnsupportedError(f"standalone: {what} are not served in a file that runs alone")
 
-    if interpret and (plan.algorithm == "matrix" or plan.placed):
-        unsupported("Gluon kernels (algorithm matrix, placed plans) in the interpreter")
     if interpret:
+        if plan.algorithm == "matrix":
+            unsupported("Gluon kernels (algorithm matrix) in the interpreter")
+        # Who holds what means nothing there.
+        plan = dataclasses.replace(plan, placed=False)
         arch = Arch.of(KNOWN[0])
     main = template.render(
         config=config,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .plan import Plan
 
-__all__ = ["ANY", "SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "slug"]
+__all__ = ["ANY", "SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "shortlist", "slug"]
 
 SCHEMA = 2
 
@@ -95,6 +95,25 @@ def find(family: str, keys: Sequence[str], arch: Arch, gpu: str | None) -> Table
             if table := _table(root, family, ANY, ANY, key):
                 return table
     return None
+
+
+@functools.cache
+def shortlist(family: str, name: str) -> dict[Plan, float]:
+    """The plans of a family's list of that name, among which the cost model chooses where there is
+    no table, each with a factor on its estimate; none if there is no such list.
+
+    ``cache/shortlists/<family>.json`` ships; ``benchmarks/fit.py --lists`` wrote it.
+    """
+    from .plan import Plan
+
+    entries = _lists(family).get(name, ())
+    return {Plan(**entry["plan"]): entry["factor"] for entry in entries}
+
+
+@functools.cache
+def _lists(family: str) -> dict[str, Any]:
+    path = resources.root() / "cache" / "shortlists" / f"{family}.json"
+    return json.loads(path.read_text())["lists"] if path.is_file() else {}
 
 
 def by_hand(family: str, keys: Sequence[str]) -> bool:

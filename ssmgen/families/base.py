@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import tables
 from ..cost import Work
 from .layers import Layers
 
@@ -110,9 +111,22 @@ class Family(ABC):
             for warps in (1, 2, 4, 8)
         ]
 
-    def shortlist(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
-        """The few candidates that the cost model chooses among where nothing was measured. It knows
-        nothing of the kernel ahead."""
+    def shortlist(self, config: KernelConfig, arch: Arch) -> Mapping[Plan, float]:
+        """The few plans that the cost model chooses among where there is no table, each with a
+        factor on its estimate: those of a measured list, else what the family has for all."""
+        for name in self.listings(config):
+            listed = tables.shortlist(self.name, name).items()
+            allowed = {p: f for p, f in listed if config.algorithm in ("auto", p.algorithm)}
+            if allowed:
+                return allowed
+        return dict.fromkeys(self.general(config, arch), 1.0)
+
+    def listings(self, config: KernelConfig) -> Sequence[str]:
+        """Names of the lists that serve `config` (`ssmgen.tables.shortlist`), the best first."""
+        return ()
+
+    def general(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
+        """Plans for what no list serves. The estimate knows nothing of the kernel ahead."""
         return [plan for plan in self.candidates(config, arch) if plan.early]
 
     def work(self, config: KernelConfig, plan: Plan) -> Work:

@@ -24,12 +24,6 @@ SM_90 = Arch.of("sm_90")
 LOSS = 0.10
 
 
-@pytest.fixture(scope="module")
-def measured():
-    data = json.loads((ROOT / "benchmarks" / "results" / "plans-h200.json").read_text())
-    return [Plan(**fields) for fields in data["plans"]], data["runs"]
-
-
 @pytest.fixture
 def hidden(monkeypatch):
     """No table is found."""
@@ -43,56 +37,68 @@ def choice(config, heads):
     return next(c.plan for c in choices if c.limit is None or heads <= c.limit)
 
 
-@pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("run", [0, 1])
-def test_one_token_within_ten_percent_of_the_best_in_every_cell(measured, hidden, run, pdl):
-    plans, runs = measured
+def losses_of(family):
+    """Of the cells that `ssmgen tune` measured; infinite where the chosen plan did not race."""
+    data = json.loads((ROOT / "benchmarks" / "results" / "plans-shipped-h200.json").read_text())
+    plans = [Plan(**fields) for fields in data["plans"]]
     losses = {}
-    for cell in runs[run]["cells"]:
-        config = KernelConfig(**cell["config"], pdl=pdl)
-        times = {plans[int(i)]: us for i, us in cell["us"].items()}
-        times = {p: us for p, us in times.items() if p.algorithm == "simple" or not pdl}
-        heads = cell["batch"] * cell["nheads"]
-        name = f"{cell['config']} {heads}"
-        # The second run left out what was more than 15% behind.
-        losses[name] = times.get(choice(config, heads), float("inf")) / min(times.values()) - 1
-    assert {name: loss for name, loss in losses.items() if loss > LOSS} == {}
-    assert statistics.median(losses.values()) < 0.03
-    assert len(losses) == (88, 117)[run]
-
-
-def losses_of(measured, family):
-    """Of the cells that `ssmgen tune` measured of a family, the losses where it had the choice."""
-    plans, runs = measured
-    cells = [cell for run in runs[2:] for cell in run["cells"]]
-    cells = [cell for cell in cells if cell["config"].get("family", "ssu") == family]
-    losses = {}
-    for cell in cells:
-        times = {plans[int(i)]: us for i, us in cell["us"].items()}
-        heads = cell["batch"] * cell["nheads"]
-        plan = choice(KernelConfig(**{"family": "ssu", **cell["config"]}), heads)
-        if plan in times:
-            losses[f"{cell['config']} {heads}"] = times[plan] / min(times.values()) - 1
-    assert len(losses) > 0.7 * len(cells)
+    for cell in (cell for run in data["runs"] for cell in run["cells"]):
+        config = KernelConfig(**{"family": "ssu", **cell["config"]})
+        if config.family == family:
+            times = {plans[int(i)]: us for i, us in cell["us"].items()}
+            heads = cell["batch"] * cell["nheads"]
+            us = times.get(choice(config, heads), float("inf"))
+            losses[f"{cell['config']} {heads}"] = us / min(times.values()) - 1
     return losses
 
 
-@pytest.mark.parametrize("family", ["ssu", "gdn", "conv1d"])
-def test_the_rest_within_ten_percent_of_the_best_in_nearly_every_cell(measured, hidden, family):
-    """Where fp32 states are few, it thinks too well of the matrix form for several tokens."""
-    losses = losses_of(measured, family)
-    assert sum(loss > LOSS for loss in losses.values()) <= 0.05 * len(losses)
-    assert max(losses.values()) < 0.3
-    assert statistics.median(losses.values()) < 0.03
+@pytest.mark.parametrize(
+    ("family", "cells", "share"), [("ssu", 1600, 0.05), ("gdn", 99, 0.02), ("conv1d", 24, 0)]
+)
+def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
+    hidden, family, cells, share
+):
+    losses = losses_of(family)
+    assert len(losses) >= cells
+    assert sum(loss > LOSS for loss in losses.values()) <= share * len(losses)
+    assert max(loss for loss in losses.values() if loss < float("inf")) < 0.3
+    assert statistics.median(losses.values()) < 0.02
 
 
 def test_the_fit_reports_what_these_tests_hold():
     command = [sys.executable, str(ROOT / "benchmarks" / "fit.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    above = re.findall(r"^(\w+) .*, (\d+) above 10%", done.stdout, flags=re.M)
-    assert [family for family, _ in above] == ["ssu", "gdn", "conv1d"]
-    assert int(above[0][1]) < 10
-    assert above[1][1] == above[2][1] == "0"
+    above = re.findall(r"^(\w+) (\d+) cells.*, (\d+) above 10%, (\d+) of", done.stdout, flags=re.M)
+    assert [family for family, *_ in above] == ["ssu", "gdn", "conv1d"]
+    (_, cells, *worse), *others = above
+    assert sum(map(int, worse)) <= 0.05 * int(cells)
+    assert all(found[2:] == ("0", "0") for found in others)
+
+
+def test_a_list_is_what_its_family_asks_for_and_serves_the_algorithm_that_is_forced():
+    fp16 = KernelConfig(state_dtype="fp16")
+    ssu = spec("ssu")
+    listed = ssu.shortlist(fp16, SM_90)
+    assert listed == tables.shortlist("ssu", "fp16.nearest")
+    assert len(set(listed.values())) > 1
+    for algorithm in ("simple", "vertical"):
+        forced = ssu.shortlist(fp16.replace(algorithm=algorithm), SM_90)
+        assert forced == {p: f for p, f in listed.items() if p.algorithm == algorithm} != {}
+    assert {p.algorithm for p in ssu.shortlist(fp16.replace(algorithm="horizontal"), SM_90)} == {
+        "simple", "vertical", "horizontal"
+    }  # fmt: skip
+    tree = fp16.replace(ntokens=3, parents_dtype="int32")
+    assert set(ssu.shortlist(tree, SM_90).values()) == {1.0}
+
+
+def test_a_factor_changes_what_is_chosen(hidden, monkeypatch):
+    fp16, size = KernelConfig(state_dtype="fp16"), 1024
+    first = choice(fp16, size)
+    listed = spec("ssu").shortlist(fp16, SM_90)
+    dear = {plan: factor * (9 if plan == first else 1) for plan, factor in listed.items()}
+    monkeypatch.setattr(tables, "shortlist", lambda family, name: dear)
+    assert first in listed
+    assert choice(fp16, size) != first
 
 
 # What an estimate must be, on any GPU

@@ -493,7 +493,7 @@ def test_a_plan_is_late_only_where_a_kernel_waits(name):
     listed = family.candidates(config, SM_90)
     assert {plan.early for plan in listed} == {True, False}
     # An estimate cannot tell them apart.
-    assert all(plan.early for plan in family.shortlist(config, SM_90))
+    assert all(plan.early for plan in family.general(config, SM_90))
     assert all(plan.early for plan in family.candidates(config.replace(pdl=False), SM_90))
 
 
@@ -553,4 +553,4 @@ def test_a_plan_is_placed_only_where_16_bytes_a_lane_are_all_there_is(fields, se
     assert family.fit(config, wanted, SM_90).placed == served
     simple = [p for p in family.candidates(config, SM_90) if p.algorithm == "simple"]
     assert all(p.placed == (served and p.num_warps > 1) for p in simple)
-    assert not any(p.placed for p in family.shortlist(config, SM_90))
+    assert not any(p.placed for p in family.general(config, SM_90))

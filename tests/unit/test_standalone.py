@@ -131,11 +131,7 @@ def test_a_family_without_such_a_template_says_so():
     [
         ({"ntokens": 4, "parents_dtype": "int32"}, False, "tables of several tokens"),
         ({"ntokens": 4, "has_intermediate": True}, True, "tables of several tokens"),
-        (
-            GLUON["matrix"],
-            True,
-            "Gluon kernels .algorithm matrix, placed plans. in the interpreter",
-        ),
+        (GLUON["matrix"], True, "Gluon kernels .algorithm matrix. in the interpreter"),
     ],
 )
 def test_what_no_file_serves_is_refused_by_name(fields, interpret, what):

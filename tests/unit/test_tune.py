@@ -427,7 +427,8 @@ def test_check_stops_at_its_budget_and_at_ctrl_c():
 def test_a_family_that_declares_nothing_has_candidates_and_costs():
     class Plain(type(SSU)):
         candidates = SSU.__class__.__mro__[1].candidates
-        shortlist = SSU.__class__.__mro__[1].shortlist
+        listings = SSU.__class__.__mro__[1].listings
+        general = SSU.__class__.__mro__[1].general
         work = SSU.__class__.__mro__[1].work
 
     plain = Plain()

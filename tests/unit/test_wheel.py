@@ -23,6 +23,7 @@ DATA = [
     *(path.relative_to(ROOT) for path in (ROOT / "templates").rglob("*.j2")),
     *(path.relative_to(ROOT) for path in (ROOT / "cache" / "dispatch").rglob("*.json")),
     *(path.relative_to(ROOT) for path in (ROOT / "cache" / "manifests").glob("*.json")),
+    *(path.relative_to(ROOT) for path in (ROOT / "cache" / "shortlists").glob("*.json")),
 ]
 
 

@@ -119,6 +119,9 @@ class Gdn(Family):
         keys = [f"{key}.many", key] if config.many else [key]
         return (*(f"{k}.pdl" for k in keys if config.pdl), *keys)
 
+    def listings(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
+        return self.dispatch_keys(config)
+
     def fit(self, config: GdnConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
 

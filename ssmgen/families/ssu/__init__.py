@@ -151,8 +151,11 @@ class Ssu(Family):
     def candidates(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
         return space.candidates(config)
 
-    def shortlist(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        return space.shortlist(config)
+    def listings(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
+        return (space.listing(config),)
+
+    def general(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        return space.general(config)
 
     def work(self, config: SsuConfig, plan: Plan) -> Work:  # type: ignore[override]
         return work(config, plan)

@@ -11,28 +11,14 @@ from .fit import placeable
 if TYPE_CHECKING:
     from ...plan import Plan
 
-__all__ = ["candidates", "shortlist"]
+__all__ = ["candidates", "general", "listing"]
 
 COLUMNS = 128
 
-# (rows, warps) and (rows, stages, split; one warp): no single-token cell that was measured has a
-# best plan more than 6% ahead of the best of these.
+# (rows, warps) and (rows, stages, split; one warp) of one token, where no list serves.
 SIMPLE = ((4, 1), (8, 1), (16, 1), (16, 2), (16, 4), (16, 8), (32, 1), (32, 8), (64, 8))
 VERTICAL = ((4, 3, 2), (4, 4, 4), (8, 1, 1), (8, 3, 2), (8, 4, 1))
-# What the compiler makes of these is slower, by 11% to 20%, than their like: nothing that an
-# estimate sees. (State, rounds of Philox): (rows, warps), or (rows, stages, split).
-AVOID = {
-    ("fp16", 0): ((32, 8),),
-    ("fp16", 5): ((16, 1), (16, 2)),
-    ("bf16", 0): ((32, 8),),
-    ("bf16", 5): ((8, 1),),
-    ("bf16", 10): ((16, 2),),
-    ("int16", 0): ((32, 8),),
-    ("int8", 0): ((16, 1), (4, 3, 2), (4, 4, 4)),
-    ("int8", 10): ((4, 1), (8, 1), (16, 2), (16, 4), (16, 8), (32, 8), (4, 3, 2), (4, 4, 4)),
-    ("fp8_e4m3fn", 10): ((4, 4, 4),),
-}
-# The same of the loop over several tokens: (rows, warps).
+# Of the loop over several tokens: (rows, warps).
 LOOP = ((4, 1), (4, 2), (8, 2), (16, 1), (16, 2), (16, 8))
 # (rows, warps, cap on registers) of the matrix form for up to 8 tokens, and for up to 16.
 MATRIX_8 = ((16, 1, None), (32, 2, None))
@@ -81,21 +67,31 @@ def candidates(config: SsuConfig) -> list[Plan]:
     return found
 
 
-def shortlist(config: SsuConfig) -> list[Plan]:
-    """The few of them among which the cost model chooses."""
+def listing(config: SsuConfig) -> str:
+    """The name of the list for a config. There is none for trees and for the matrix form of more
+    than 8 tokens, of which nothing was measured."""
+    name = f"{config.state_dtype}.{config.rounding}"
+    if config.parents_dtype:
+        return f"{name}.tree"
+    if not config.many:
+        return f"{name}.pdl" if config.pdl else name
+    if config.outside_matrix():
+        return f"{name}.each"
+    return f"{name}.many" if config.ntokens <= 8 else f"{name}.long"
+
+
+def general(config: SsuConfig) -> list[Plan]:
+    """Plans for what no list serves, and for forms that a list lacks."""
     from ...plan import Plan
 
     def plan(algorithm: str, rows: int, warps: int, **more: int | None) -> Plan:
         return Plan(algorithm=algorithm, block_m=rows, block_n=COLUMNS, num_warps=warps,
                     evict_first=algorithm != "matrix", **more)  # type: ignore[arg-type]  # fmt: skip
 
-    avoid: tuple[tuple[int, ...], ...] = ()
-    if not config.many:
-        avoid = AVOID.get((config.state_dtype, config.philox_rounds or 0), ())
     # With what a loop over tokens keeps beside them other tiles spill, on one GPU or another.
     full = config.many and (config.rounding == "stochastic" or bool(config.parents_dtype))
     tiles = ((8, 1), (16, 2)) if full else LOOP if config.many else SIMPLE
-    found = [plan("simple", *tile) for tile in tiles if tile not in avoid]
+    found = [plan("simple", *tile) for tile in tiles]
     if config.many:
         forms: tuple[tuple[int, int, int | None], ...]
         longer = MATRIX_16_FP32 if config.state_dtype == "fp32" else MATRIX_16
@@ -105,7 +101,6 @@ def shortlist(config: SsuConfig) -> list[Plan]:
         found += [
             plan("vertical", rows, 1, num_stages=stages, split=split)
             for rows, stages, split in VERTICAL
-            if (rows, stages, split) not in avoid
         ]
     if config.algorithm == "horizontal":
         found += _plans("horizontal", (64,), (32,), (4,), (2,))
