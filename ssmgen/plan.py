@@ -16,7 +16,7 @@ from .buckets import between, cover
 from .config import ALGORITHMS, KernelConfig, plain, shown
 from .cost import FITTED, estimate
 from .errors import ConfigError
-from .families import Family, spec
+from .families import spec
 from .settings import settings
 
 __all__ = ["Choice", "Plan", "dispatch", "fitted", "variants"]
@@ -129,7 +129,7 @@ def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[
         for row in rows:
             limit = None if row.limit is None else family.limit(config, row.limit)
             found.append((limit, family.fit(config, row.plan, arch)))
-    found = found or _modelled(family, config, arch)
+    found = found or modelled(config, arch)
     if config.batch_invariant or settings().batch_invariant:
         found = found[-1:]
         why += ", batch-invariant"
@@ -168,8 +168,10 @@ def fitted(config: KernelConfig, arch: Arch, plans: Iterable[Plan]) -> dict[Plan
     return found
 
 
-def _modelled(family: Family, config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
-    """Buckets of the plans of least estimated cost."""
+def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
+    """Buckets of the plans of least estimated cost, whether or not there is a table: a limit on
+    batch x heads, None for the last, and the plan up to it."""
+    family = spec(config.family)
     factors = family.shortlist(config, arch)
     plans = fitted(config, arch, factors)
     if len(plans) == 1:

@@ -226,6 +226,13 @@ def _conclude(console: Console, found: Report, check: bool) -> int:
     else:
         text += f"; {len(told)} have a faster plan; {len(found.tables)} tables written"
     console.print(text, markup=False, soft_wrap=True)
+    if losses := [] if check else found.losses():
+        far = sum(loss > 0.1 for loss in losses)
+        console.print(
+            f"without tables: the cost model's plans are {losses[len(losses) // 2]:.1%} behind in "
+            f"the middle, {losses[-1]:.1%} at most, more than 10% in {far} of {len(losses)} cells",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
     for path in found.tables:
         console.print(f"  {path}", markup=False, soft_wrap=True)
     return len(told) if check else 0

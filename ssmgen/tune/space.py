@@ -43,9 +43,10 @@ def entrants(
 
 def prune(
     config: KernelConfig, arch: Arch, size: int, built: Mapping[Plan, Mapping[str, Any]],
-    present: Plan,
+    present: Plan, *others: Plan,
 ) -> tuple[list[Plan], dict[Plan, str]]:  # fmt: skip
-    """Of `built`, plans and their manifests, those to race at `size`; and why not the others.
+    """Of `built`, plans and their manifests, those to race at `size`, the one in use first; and why
+    not the rest. Of `others` the estimate is not asked.
 
     A plan goes that no multiprocessor can hold, that spills registers, or whose estimate with the
     registers and shared memory it really has is hopeless.
@@ -72,6 +73,7 @@ def prune(
         works[plan] = work
     best = _places(works, arch, [size])
     chosen = [plan for plan in best if plan != present][:ENTRANTS]
+    chosen += [plan for plan in others if plan in works and plan not in (present, *chosen)]
     out |= {p: "estimated to be slow" for p in works if p != present and p not in chosen}
     return [present, *chosen], out
 

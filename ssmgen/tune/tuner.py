@@ -13,7 +13,7 @@ from .. import template
 from ..arch import Arch
 from ..config import KernelConfig, canonical_json
 from ..families import spec
-from ..plan import Plan, dispatch
+from ..plan import Plan, dispatch, modelled
 from ..prewarm import Event, Job, compile_jobs
 from .journal import Journal
 from .race import Outcome, race
@@ -39,13 +39,15 @@ LEAST = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """One size of one key: what is raced. `present` is the plan in use there."""
+    """One size of one key: what is raced. `present` is the plan in use there; the one that the cost
+    model would take races too, if it is named."""
 
     config: KernelConfig
     key: str
     batch: int
     nheads: int
     present: Plan
+    modelled: Plan | None = None
 
     @property
     def heads(self) -> int:
@@ -82,6 +84,16 @@ class Report:
     seconds: float = 0.0
     interrupted: bool = False
 
+    def losses(self) -> list[float]:
+        """By how much the plan that the cost model would take was slower than the first, in rising
+        order, of each cell where it was measured (0.02 is 2%)."""
+        found = []
+        for cell in self.cells:
+            times = {canonical_json(s["plan"]): s["ratio"] for s in cell["standings"]}
+            if (ratio := times.get(canonical_json(cell.get("modelled")))) is not None:
+                found.append(ratio / min(times.values()) - 1)
+        return sorted(found)
+
 
 # Compiles jobs; the manifest's resources, or what went wrong, by key.
 Compile = Callable[[list[Job], Callable[[int, int], None]], dict[str, dict[str, Any]]]
@@ -105,13 +117,15 @@ def cells_of(
         keys.setdefault((config.family, spec(config.family).dispatch_keys(config)[0]), config)
     cells = []
     for (name, key), config in keys.items():
-        choices = dispatch(config, arch, gpu)
+        choices, guesses = dispatch(config, arch, gpu), modelled(config, arch)
         family = spec(name)
         wanted = (family.limit(config, size) for size in sizes or family.sizes)
         shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
         for batch, nheads in shapes:
-            plan = next(c.plan for c in choices if c.limit is None or batch * nheads <= c.limit)
-            cells.append(Cell(config, key, batch, nheads, plan))
+            work = batch * nheads
+            plan = next(c.plan for c in choices if c.limit is None or work <= c.limit)
+            guess = next(p for limit, p in guesses if limit is None or work <= limit)
+            cells.append(Cell(config, key, batch, nheads, plan, guess))
     return cells
 
 
@@ -127,9 +141,14 @@ def spaces(cells: Iterable[Cell], arch: Arch) -> dict[KernelConfig, dict[Plan, P
     for cell in cells:
         found.setdefault(cell.config, []).append(cell)
     return {
-        config: entrants(config, arch, [c.heads for c in own], [c.present for c in own])
+        config: entrants(config, arch, [c.heads for c in own], _wanted(own))
         for config, own in found.items()
     }
+
+
+def _wanted(cells: Iterable[Cell]) -> list[Plan]:
+    """The plans that race whatever an estimate says."""
+    return [plan for cell in cells for plan in (cell.present, cell.modelled) if plan is not None]
 
 
 def measurable(configs: Iterable[KernelConfig], rig: Rig, report: Report) -> list[KernelConfig]:
@@ -242,7 +261,7 @@ def measure_cell(
     """Race the plans of one cell, for `seconds` with what it takes to load them: a record of plain
     data; None if the plan in use is wrong."""
     start = rig.clock()
-    chosen, out = prune(cell.config, rig.arch, cell.heads, built, cell.present)
+    chosen, out = prune(cell.config, rig.arch, cell.heads, built, *_wanted([cell]))
     with rig.open(cell.config, cell.batch, cell.nheads, chosen) as bench:
         if cell.present in bench.wrong:
             return None
@@ -259,6 +278,7 @@ def measure_cell(
         "nheads": cell.nheads,
         "seconds": round(rig.clock() - start, 3),
         **_plain(outcome),
+        "modelled": cell.modelled and cell.modelled.fields(),
         "left_out": [{"plan": plan.fields(), "why": text} for plan, text in why.items()],
     }
 

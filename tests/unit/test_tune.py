@@ -98,6 +98,22 @@ def test_a_table_is_left_as_it_is_where_nothing_is_faster(tmp_path, monkeypatch,
         assert {row["plan"] for row in second["rows"]} <= {row["plan"] for row in first["rows"]}
 
 
+def test_the_plan_of_the_cost_model_races_whatever_its_estimate(tmp_path, monkeypatch):
+    slow = SSU.fit(FP16, Plan(algorithm="simple", block_m=64, block_n=128, num_warps=1), SM_90)
+    assert of_the_model(FP16, slow, 128) > 2 * fastest(FP16, 128)
+    report = run(FakeRig(of_the_model), tmp_path / "first")
+    assert len(report.losses()) == len(FEW)
+    monkeypatch.setattr("ssmgen.tune.tuner.modelled", lambda config, arch: [(None, slow)])
+    report = run(FakeRig(of_the_model), tmp_path / "second")
+    for cell in report.cells:
+        assert slow.fields() in [standing["plan"] for standing in cell["standings"]]
+        assert slow.fields() == cell["modelled"] != cell["winner"]
+    times = [(of_the_model(FP16, slow, n), fastest(FP16, n)) for n in FEW]
+    wanted = sorted(mine / best - 1 for mine, best in times)
+    assert report.losses() == pytest.approx(wanted, rel=0.05, abs=0.05)
+    assert report.losses()[-1] > 1
+
+
 def test_a_table_says_where_it_is_from_and_what_was_measured(tmp_path):
     report = run(FakeRig(secretly(BEST)), tmp_path)
     (path,) = report.tables
