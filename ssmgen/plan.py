@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .families import spec
 from .settings import settings
 
-__all__ = ["Choice", "Plan", "dispatch", "fitted", "variants"]
+__all__ = ["Choice", "Plan", "dispatch", "fitted", "modelled", "variants"]
 
 # Elements of the largest tile that Triton makes; nothing that a plan counts is larger.
 LARGEST = 2**20

@@ -8,6 +8,7 @@ tensors take the reference, or the interpreter. Each operation is registered wit
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from operator import itemgetter
@@ -252,38 +253,12 @@ class _Call:
         # Nothing stands between the addresses and the launch.
         self.direct = keep is None and not checked
         self._switches = switches
-        self._at, self._absent = at, absent
-        self._alignable, self._aligned = alignable, aligned
+        self._aligned = aligned
+        self._code = _reader(tuple(at), tuple(absent), tuple(alignable))
         self.given = _chosen(at)
         self._same: Callable[..., bool] = lambda *tensors: False
-        self.addresses = self._reader()
-
-    def _reader(self) -> Callable[..., tuple[int, ...] | None]:
-        """``addresses(tensors, switches)``: those of the tensors that are given, if this is their
-        layout, else None. Written out for this layout, as it is what most of a call's time goes
-        to."""
-        count = len(self._at) + len(self._absent)
-        pointers = [f"p{i}" for i in self._at]
-        low = " | ".join(pointers[i] for i in self._alignable) or "0"
-        lines = [
-            "def addresses(tensors, switches):",
-            "    if switches != expected:",
-            "        return None",
-            f"    {', '.join(f't{i}' for i in range(count))} = tensors",
-            *(f"    if t{i} is not None:\n        return None" for i in self._absent),
-            f"    if not same({', '.join(f't{i}' for i in self._at)}):",
-            "        return None",
-            *(f"    p{i} = t{i}.data_ptr()" for i in self._at),
-            f"    if (({low}) & 15 == 0) is not aligned:",
-            "        return None",
-            f"    return {', '.join(pointers)},",
-        ]
-        names: dict[str, Any] = {
-            "expected": self._switches, "same": self._same, "aligned": self._aligned
-        }  # fmt: skip
-        exec("\n".join(lines), names)
-        found: Callable[..., tuple[int, ...] | None] = names["addresses"]
-        return found
+        # Those of the tensors that are given, if they and the switches are this layout, else None.
+        self.addresses: Callable[..., tuple[int, ...] | None] = lambda tensors, switches: None
 
     def guarded(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Have `addresses` know tensors like these; False if it cannot, for one given twice."""
@@ -298,8 +273,35 @@ class _Call:
                 dynamic_dims_sizes=[list(t.shape) for t in given],  # type: ignore[misc]
                 dynamic_dims_strides=[list(t.stride()) for t in given],  # type: ignore[misc]
             ).check
-            self.addresses = self._reader()
+            names: dict[str, Any] = {
+                "expected": self._switches, "same": self._same, "aligned": self._aligned
+            }  # fmt: skip
+            exec(self._code, names)
+            self.addresses = names.pop("addresses")
         return True
+
+
+@functools.cache
+def _reader(at: tuple[int, ...], absent: tuple[int, ...], alignable: tuple[int, ...]) -> Any:
+    """The code of ``addresses(tensors, switches)`` for tensors that are given, those that are not,
+    and those of the given of which an address counts. Written out, as most of a call's time goes to
+    it; compiled once for all layouts of such a call, as that takes a quarter of a millisecond."""
+    pointers = [f"p{i}" for i in at]
+    low = " | ".join(pointers[i] for i in alignable) or "0"
+    lines = [
+        "def addresses(tensors, switches):",
+        "    if switches != expected:",
+        "        return None",
+        f"    {', '.join(f't{i}' for i in range(len(at) + len(absent)))} = tensors",
+        *(f"    if t{i} is not None:\n        return None" for i in absent),
+        f"    if not same({', '.join(f't{i}' for i in at)}):",
+        "        return None",
+        *(f"    p{i} = t{i}.data_ptr()" for i in at),
+        f"    if (({low}) & 15 == 0) is not aligned:",
+        "        return None",
+        f"    return {', '.join(pointers)},",
+    ]
+    return compile("\n".join(lines), "<ssmgen layout>", "exec")
 
 
 def _chosen(at: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -101,6 +101,15 @@ def test_a_call_with_a_tensor_twice_is_left_to_its_full_name():
     assert call.addresses(twice, SWITCHES) is None
 
 
+def test_code_is_compiled_once_for_calls_of_the_same_tensors():
+    """It takes as long as thirty calls; that a layout is new it must not show."""
+    operation._reader.cache_clear()
+    for rows in range(1, 9):
+        given = tuple(t if t is None else torch.zeros(rows, *t.shape[1:]) for t in tensors())
+        assert call_for(given).addresses(given, SWITCHES)
+    assert operation._reader.cache_info().misses == 1
+
+
 def test_it_keeps_no_tensor_alive():
     given = tensors()
     call = call_for(given)

@@ -120,7 +120,8 @@ class Gdn(Family):
         return (*(f"{k}.pdl" for k in keys if config.pdl), *keys)
 
     def listings(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
-        return self.dispatch_keys(config)
+        # A list for several tokens is worth more than one for PDL.
+        return tuple(sorted(self.dispatch_keys(config), key=lambda key: ".many" not in key))
 
     def fit(self, config: GdnConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
