@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .arch import Arch
     from .plan import Plan
 
-__all__ = ["ANY", "SCHEMA", "Row", "Table", "find", "gpus", "read", "roots", "shortlist", "slug"]
+__all__ = ["ANY", "SCHEMA", "Row", "Table", "by_hand", "find", "gpus", "read", "roots", "shortlist",
+           "slug"]  # fmt: skip
 
 SCHEMA = 2
 
