@@ -122,8 +122,6 @@ def render(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool = Fa
     """The source of one kernel. With `interpret` it has no inline assembly."""
     family = spec(config.family)
     context = dict(family.context(config, plan, arch))
-    if interpret:
-        context["hardware_rounding"] = False
     fields = " ".join(f"{k}={v}" for k, v in config.key_fields().items())
     text = (
         _environment()

@@ -79,8 +79,8 @@ def quantise(
         dtype: torch.int16, torch.int8 or torch.float8_e4m3fn.
         bits: integers in [0, 65536) that broadcast to the shape of `values`, for stochastic
             rounding; None rounds to nearest, ties to even. With bits r, integer kinds take
-            ``floor(u + (r + 0.5) / 65536)`` clamped to QMAX, with u exact; fp8 adds r to the top
-            16 of the 20 bits it drops.
+            ``floor((rint(u * 2**n) * 2**(16 - n) + r) / 2**16)``, with u exact and n = 15 for int8
+            and 16 for int16; fp8 adds r to the top 16 of the 20 bits it drops.
 
     Returns:
         (codes, scale): codes (..., dstate) in `dtype`, scale (...) fp32.
@@ -107,7 +107,9 @@ def quantise(
     elif noise is None:
         codes = u.round().to(dtype)
     else:
-        codes = _floor_with_noise(u, noise).clamp(-largest, largest).to(dtype)
+        steps = 2.0**15 if dtype == torch.int8 else 2.0**16
+        grid = (u * steps).round() * (65536 / steps)
+        codes = ((grid + noise) / 65536).floor().to(dtype)
     return codes, scale.squeeze(-1)
 
 
@@ -129,15 +131,6 @@ def dequantise(
     """
     _largest(codes.dtype)
     return (codes.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)).to(dtype)
-
-
-def _floor_with_noise(u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """``floor(u + (noise + 0.5) / 65536)`` of fp64 u, as if the sum were not rounded."""
-    nearest = u.round()
-    rest = u - nearest
-    rise = (noise.to(torch.float64) + 0.5) / 65536
-    up, down = rest >= 1 - rise, rest < -rise
-    return nearest + up.to(torch.float64) - down.to(torch.float64)
 
 
 def _to_e4m3(u: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

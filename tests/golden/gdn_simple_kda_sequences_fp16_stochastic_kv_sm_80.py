@@ -47,10 +47,11 @@ def random_words(seed, octet, token, slot, head):
 @triton.jit
 def round_stochastic(v, bits):
     # On a scale where the subnormals of fp16 are those of fp32, every value drops its 13 low
-    # bits. A NaN gets no noise, or a carry would turn it into a zero.
-    b = (v * 1.925929944387236e-34).to(tl.uint32, bitcast=True)
-    b = tl.where(v == v, b + (bits & 0x1FFF), b) & 0xFFFFE000
-    return (b.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(tl.float16)
+    # bits. Noise carries a NaN into a zero; adding what was scaled, far below the last bit kept,
+    # changes no other value and makes a NaN of it again.
+    small = v * 1.925929944387236e-34
+    b = small.to(tl.uint32, bitcast=True) + (bits & 0x1FFF) & 0xFFFFE000
+    return tl.fma(b.to(tl.float32, bitcast=True), 5.192296858534828e33, small).to(tl.float16)
 
 
 @triton.jit

@@ -66,7 +66,6 @@ def ssu_horizontal(
     batch = tl.program_id(1)
     slot = batch.to(tl.int64)
     rows = tl.arange(0, 128)
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
     dt_ += tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -84,15 +83,16 @@ def ssu_horizontal(
         cols = step * 32 + tl.arange(0, 32)
         offsets = rows[:, None] * DSTATE + cols[None, :]
         there = (rows < DIM)[:, None]
-        tile = pool
-        stored = tl.load(tile + offsets, mask=there, other=0)
+        tile = state + head * (DIM * DSTATE) + offsets
+        tile += slot * state_slot_stride
+        stored = tl.load(tile, mask=there, other=0)
         B_ = tl.load(B_group + cols).to(tl.float32)
         C_ = tl.load(C_group + cols).to(tl.float32)
         h = stored.to(tl.float32) * decay
         h += (x_ * dt_)[:, None] * B_[None, :]
         partial += h * C_[None, :]
         new = h.to(tl.bfloat16)
-        tl.store(tile + offsets, new, mask=there)
+        tl.store(tile, new, mask=there)
     y = tl.sum(partial, axis=1)
     y += x_ * D_
     out_rows = out + batch * out_row_stride + head * out_head_stride

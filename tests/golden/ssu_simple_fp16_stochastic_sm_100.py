@@ -53,7 +53,6 @@ def random_words(seed, octet, token, slot, head):
         k1 += 0xBB67AE85
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     words = words.reshape(octet.shape[0], octet.shape[1], 4)
-    # Both elements of a pair get the whole word: cvt.rs takes each its half.
     return tl.join(words, words).reshape(octet.shape[0], octet.shape[1] * 8)
 
 
@@ -112,10 +111,10 @@ def ssu_simple(
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool + first * DSTATE
-    stored = tl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+    tile += slot * state_slot_stride
+    stored = tl.load(tile, mask=live, other=0)
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
     dt_ += tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -140,4 +139,4 @@ def ssu_simple(
     octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]
     bits = random_words(seed_, octets, 0, slot, head)
     new = round_stochastic(h, bits)
-    tl.store(tile + offsets, new, mask=live)
+    tl.store(tile, new, mask=live)

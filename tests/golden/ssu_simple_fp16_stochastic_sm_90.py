@@ -59,10 +59,11 @@ def random_words(seed, octet, token, slot, head):
 @triton.jit
 def round_stochastic(v, bits):
     # On a scale where the subnormals of fp16 are those of fp32, every value drops its 13 low
-    # bits. A NaN gets no noise, or a carry would turn it into a zero.
-    b = (v * 1.925929944387236e-34).to(tl.uint32, bitcast=True)
-    b = tl.where(v == v, b + (bits & 0x1FFF), b) & 0xFFFFE000
-    return (b.to(tl.float32, bitcast=True) * 5.192296858534828e33).to(tl.float16)
+    # bits. Noise carries a NaN into a zero; adding what was scaled, far below the last bit kept,
+    # changes no other value and makes a NaN of it again.
+    small = v * 1.925929944387236e-34
+    b = small.to(tl.uint32, bitcast=True) + (bits & 0x1FFF) & 0xFFFFE000
+    return tl.fma(b.to(tl.float32, bitcast=True), 5.192296858534828e33, small).to(tl.float16)
 
 
 @triton.jit
@@ -108,10 +109,10 @@ def ssu_simple(
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool + first * DSTATE
-    stored = tl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+    tile += slot * state_slot_stride
+    stored = tl.load(tile, mask=live, other=0)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
 
@@ -138,4 +139,4 @@ def ssu_simple(
     octets = (first + rows)[:, None] * (DSTATE // 8) + tl.arange(0, 16)[None, :]
     bits = random_words(seed_, octets, 0, slot, head)
     new = round_stochastic(h, bits)
-    tl.store(tile + offsets, new, mask=live)
+    tl.store(tile, new, mask=live)

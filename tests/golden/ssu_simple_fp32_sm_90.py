@@ -82,10 +82,10 @@ def ssu_simple(
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool + first * DSTATE
-    stored = tl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+    tile += slot * state_slot_stride
+    stored = tl.load(tile, mask=live, other=0)
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
     dt_ += tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -110,4 +110,4 @@ def ssu_simple(
     out_rows = out + batch * out_row_stride + head * out_head_stride + first
     tl.store(out_rows + rows, y.to(tl.bfloat16))
     new = h
-    tl.store(tile + offsets, new, mask=live)
+    tl.store(tile, new, mask=live)

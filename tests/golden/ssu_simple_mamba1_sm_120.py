@@ -85,10 +85,10 @@ def ssu_simple(
     rows = tl.arange(0, 64)
     cols = tl.arange(0, 16)
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool
-    stored = tl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + offsets
+    tile += slot * state_slot_stride
+    stored = tl.load(tile, mask=live, other=0)
 
     dt_rows = dt + batch * dt_row_stride + head * dt_head_stride
     dt_ = tl.load(dt_rows + rows * dt_dim_stride).to(tl.float32)
@@ -120,4 +120,4 @@ def ssu_simple(
     out_rows = out + batch * out_row_stride + head * out_head_stride
     tl.store(out_rows + rows, y.to(tl.bfloat16))
     new = h
-    tl.store(tile + offsets, new, mask=live)
+    tl.store(tile, new, mask=live)

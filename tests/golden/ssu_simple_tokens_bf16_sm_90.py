@@ -92,11 +92,11 @@ def ssu_simple(
     cols = tl.arange(0, 128)
     out_rows = out + batch * out_row_stride + head * out_head_stride + first
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     entry_pool = buffer + slot * buffer_entry_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool + first * DSTATE
-    stored = tl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+    tile += slot * state_slot_stride
+    stored = tl.load(tile, mask=live, other=0)
 
     dt_head = dt + batch * dt_row_stride + head * dt_head_stride
     bias_ = tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -136,7 +136,7 @@ def ssu_simple(
         y *= silu(z_)
         tl.store(out_rows + token * out_token_stride + rows, y.to(tl.bfloat16))
         new = h.to(tl.bfloat16)
-        tile = entry_pool + first * DSTATE + token * buffer_token_stride
-        tl.store(tile + offsets, new, mask=live)
+        noted_tile = entry_pool + first * DSTATE + token * buffer_token_stride + offsets
+        tl.store(noted_tile, new, mask=live)
     new = h.to(tl.bfloat16)
-    tl.store(pool + first * DSTATE + offsets, new, mask=live)
+    tl.store(tile, new, mask=live)

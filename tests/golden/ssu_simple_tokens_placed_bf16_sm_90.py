@@ -93,11 +93,11 @@ def ssu_simple(
     cols = gl.arange(0, 128, layout=gl.SliceLayout(0, TILE))
     out_rows = out + batch * out_row_stride + head * out_head_stride + first
 
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     entry_pool = buffer + slot * buffer_entry_stride + head * (DIM * DSTATE)
     offsets = rows[:, None] * DSTATE + cols[None, :]
-    tile = pool + first * DSTATE
-    stored = gl.load(tile + offsets, mask=live, other=0)
+    tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+    tile += slot * state_slot_stride
+    stored = gl.load(tile, mask=live, other=0)
 
     dt_head = dt + batch * dt_row_stride + head * dt_head_stride
     bias_ = gl.load(dt_bias + head * dt_bias_head_stride).to(gl.float32)
@@ -137,7 +137,7 @@ def ssu_simple(
         y *= silu(z_)
         gl.store(out_rows + token * out_token_stride + rows, y.to(gl.bfloat16))
         new = h.to(gl.bfloat16)
-        tile = entry_pool + first * DSTATE + token * buffer_token_stride
-        gl.store(tile + offsets, new, mask=live)
+        noted_tile = entry_pool + first * DSTATE + token * buffer_token_stride + offsets
+        gl.store(noted_tile, new, mask=live)
     new = h.to(gl.bfloat16)
-    gl.store(pool + first * DSTATE + offsets, new, mask=live)
+    gl.store(tile, new, mask=live)

@@ -71,7 +71,6 @@ def ssu_vertical(
     live = (slot >= 0) & (slot != pad_slot_id)
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
     dt_ += tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -84,13 +83,17 @@ def ssu_vertical(
     B_ = tl.load(B_group + cols).to(tl.float32)
     C_ = tl.load(C_group + cols).to(tl.float32)
 
+    x_rows = x + batch * x_row_stride + head * x_head_stride
+    x_next = tl.load(x_rows + rows)
     for step in tl.range(5, num_stages=3):
         first = step * 16
+        upcoming = tl.minimum(step + 1, 4) * 16
         offsets = rows[:, None] * DSTATE + cols[None, :]
-        tile = pool + first * DSTATE
-        stored = tl.load(tile + offsets, mask=live, other=0)
-        x_rows = x + batch * x_row_stride + head * x_head_stride + first
-        x_ = tl.load(x_rows + rows).to(tl.float32)
+        tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+        tile += slot * state_slot_stride
+        stored = tl.load(tile, mask=live, other=0)
+        x_ = x_next.to(tl.float32)
+        x_next = tl.load(x_rows + upcoming + rows)
         h = stored.to(tl.float32) * decay
         h += (x_ * dt_)[:, None] * B_[None, :]
         y = tl.sum(h * C_[None, :], axis=1)
@@ -98,4 +101,4 @@ def ssu_vertical(
         out_rows = out + batch * out_row_stride + head * out_head_stride + first
         tl.store(out_rows + rows, y.to(tl.bfloat16))
         new = h.to(tl.bfloat16)
-        tl.store(tile + offsets, new, mask=live)
+        tl.store(tile, new, mask=live)

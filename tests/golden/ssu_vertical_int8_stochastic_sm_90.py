@@ -61,7 +61,7 @@ def random_bits(seed, octet, token, slot, head):
     even = random_words(seed, octet, token, slot, head)
     odd = random_words(seed, octet + 1, token, slot, head)
     words = tl.join(even, odd).permute(0, 1, 4, 2, 3)
-    return tl.join(words, words >> 16).reshape(octet.shape[0], octet.shape[1] * 16)
+    return tl.join(words, words).reshape(octet.shape[0], octet.shape[1] * 16)
 
 
 @triton.jit
@@ -70,12 +70,20 @@ def max_or_nan(a, b):
 
 
 @triton.jit
+def reciprocal(v):
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def row_scale(h):
     # The row's largest magnitude encodes as 127 (1 - 2^-21), so that no rounding passes
     # 127. A zero row has scale 1; a row with inf or NaN has scale NaN, so none is lost.
     peak = tl.reduce(tl.abs(h), 1, max_or_nan)
     bounded = tl.maximum(peak, 7.888609052210118e-31)
-    encode = 126.99993944168091 / bounded
+    # A quarter of each: their reciprocals are normal numbers.
+    encode = 31.749984860420227 * reciprocal(bounded * 0.25)
     scale = bounded * 0.007874019502656579
     scale = tl.where(peak < float("inf"), scale, float("nan"))
     return encode, tl.where(peak == 0.0, 1.0, scale)
@@ -83,12 +91,35 @@ def row_scale(h):
 
 @triton.jit
 def encode_state(h, encode, bits):
-    # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-    # The noise is (bits + 0.5) / 65536 - 0.5.
-    noise = (0x3F800000 | ((bits & 0xFFFF) << 7)).to(tl.float32, bitcast=True)
-    noise -= 1.4999923706054688
-    q = tl.fma(h, encode, noise) + 12582912.0
-    return q.to(tl.int32, bitcast=True).to(tl.int8)
+    # The sum has h / scale in its mantissa, in steps of 2^-15. Doubled, and with 16 bits of noise
+    # below them, its codes are the bytes above those; 0x80 there undoes the 2^22 of the sum.
+    encode *= 32768.0
+    # Even elements take the low half of a word, odd ones the high half.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 u<4>, r<4>, n<4>;
+        fma.rn.f32 u0, $1, $5, 0f4B400000;
+        prmt.b32 r0, $9, 0x80, 0x5410;
+        mad.lo.u32 u0, u0, 2, r0;
+        fma.rn.f32 u1, $2, $6, 0f4B400000;
+        prmt.b32 r1, $10, 0x80, 0x5432;
+        mad.lo.u32 u1, u1, 2, r1;
+        fma.rn.f32 u2, $3, $7, 0f4B400000;
+        prmt.b32 r2, $11, 0x80, 0x5410;
+        mad.lo.u32 u2, u2, 2, r2;
+        fma.rn.f32 u3, $4, $8, 0f4B400000;
+        prmt.b32 r3, $12, 0x80, 0x5432;
+        mad.lo.u32 u3, u3, 2, r3;
+        prmt.b32 u0, u0, u1, 0x62;
+        prmt.b32 u2, u2, u3, 0x62;
+        prmt.b32 $0, u0, u2, 0x5410;
+        }""",
+        "=r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [h, encode, bits],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -138,9 +169,7 @@ def ssu_vertical(
     kept = live & (dst >= 0) & (dst != pad_slot_id)
     rows = tl.arange(0, 16)
     cols = tl.arange(0, 128)
-    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
     pool_scale = state_scale + slot * scale_slot_stride + head * DIM
-    dst_pool = state + dst * state_slot_stride + head * (DIM * DSTATE)
     dst_pool_scale = state_scale + dst * scale_slot_stride + head * DIM
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
@@ -155,14 +184,19 @@ def ssu_vertical(
     C_ = tl.load(C_group + cols).to(tl.float32)
     seed_ = tl.load(seed).to(tl.uint64)
 
-    for step in tl.range(2, num_stages=2):
-        first = program % 2 * 32 + step * 16
+    start = program % 2 * 32
+    x_rows = x + batch * x_row_stride + head * x_head_stride + start
+    x_next = tl.load(x_rows + rows)
+    for step in tl.range(2, num_stages=2, loop_unroll_factor=2):
+        first = step * 16 + start
+        upcoming = tl.minimum(step + 1, 1) * 16
         offsets = rows[:, None] * DSTATE + cols[None, :]
-        tile = pool + first * DSTATE
-        stored = tl.load(tile + offsets, mask=live, other=0)
+        tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+        tile += slot * state_slot_stride
+        stored = tl.load(tile, mask=live, other=0)
         scale = tl.load(pool_scale + first + rows, mask=live, other=1.0)
-        x_rows = x + batch * x_row_stride + head * x_head_stride + first
-        x_ = tl.load(x_rows + rows).to(tl.float32)
+        x_ = x_next.to(tl.float32)
+        x_next = tl.load(x_rows + upcoming + rows)
         h = stored.to(tl.float32) * (scale * decay)[:, None]
         h += (x_ * dt_)[:, None] * B_[None, :]
         y = tl.sum(h * C_[None, :], axis=1)
@@ -173,6 +207,7 @@ def ssu_vertical(
         bits = random_bits(seed_, octets, 0, dst, head)
         encode, scale = row_scale(h)
         new = encode_state(h, encode[:, None], bits)
-        tile = dst_pool + first * DSTATE
-        tl.store(tile + offsets, new, mask=kept)
+        tile = state + head * (DIM * DSTATE) + first * DSTATE + offsets
+        tile += dst * state_slot_stride
+        tl.store(tile, new, mask=kept)
         tl.store(dst_pool_scale + first + rows, scale, mask=kept)

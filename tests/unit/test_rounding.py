@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import floor
 
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ E4M3 = torch.float8_e4m3fn
 HALVES = [torch.float16, torch.bfloat16]
 SCALED = list(QMAX)
 INTEGERS = [torch.int16, torch.int8]
+# What noise of 16 bits is added to, in steps of its lowest bit.
+STEP = {torch.int8: 2, torch.int16: 1}
 INF = float("inf")
 NAN = float("nan")
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -232,13 +233,16 @@ def test_integers_rise_for_exactly_the_fraction_of_all_random_bits(dtype):
     limit = PEAK[dtype]
     random = torch.Generator().manual_seed(6)
     spread = (torch.rand(24, generator=random) * 2 - 1) * limit
-    edges = torch.tensor([0.0, -0.0, 0.5, -0.5, 2.0**-17, -(2.0**-17), 2.0**-18, -(2.0**-30), 0.1])
+    edges = torch.tensor([0.0, -0.0, 0.5, -0.5, 2.0**-16, 2.0**-17, -(2.0**-17), -(2.0**-30), 0.1])
     values = with_unit_scale(torch.cat([spread, edges]), dtype)
     noise = torch.arange(65536).unsqueeze(1)
     codes, _ = quantise(values.expand(65536, -1), dtype, noise)
     floor_ = values.double().floor()
     fraction = values.double() - floor_
-    check_every_noise(codes.double(), floor_, fraction, lambda f: (f * 65536 + 0.5).floor())
+    step = STEP[dtype]
+    check_every_noise(
+        codes.double(), floor_, fraction, lambda f: (f * (65536 / step)).round() * step
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -253,13 +257,12 @@ def test_integer_codes_follow_the_formula_in_exact_arithmetic(dtype, share, peak
     limit = int(QMAX[dtype])
     encode = np.float32(PEAK[dtype]) / max(np.float32(peak), np.float32(2.0**-100))
     exact = Fraction(float(value)) * Fraction(float(encode))
-    turning_point = floor((1 - (exact - floor(exact))) * 65536)
-    noise = min(max(turning_point + offset, 0), 65535)
+    steps = round(exact * 65536 / STEP[dtype]) * STEP[dtype]
+    noise = min(max(-steps % 65536 + offset, 0), 65535)
     row = torch.tensor([float(value), peak])
     codes, _ = quantise(row, dtype, torch.tensor([noise, 65535]))
-    expected = floor(exact + Fraction(2 * noise + 1, 131072))
-    assert int(codes[0]) == min(max(expected, -limit), limit)
-    assert abs(int(codes[1])) <= limit
+    assert int(codes[0]) == (steps + noise) // 65536
+    assert max(abs(int(code)) for code in codes) <= limit
 
 
 # Block scales
