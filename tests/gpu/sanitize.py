@@ -34,7 +34,7 @@ VERIFY: Fields = {"has_dst": True, "dst_tokens": True, "accepted_dtype": "int32"
 
 
 def ssu() -> Iterator[SsuConfig]:
-    for state in ("fp32", "bf16", "int16", "fp8_e4m3fn"):
+    for state in ("fp32", "bf16", "int16", "int8", "fp8_e4m3fn"):
         yield SsuConfig(state_dtype=state)
     for state in ("fp16", "int16", "int8", "fp8_e4m3fn"):
         yield SsuConfig(state_dtype=state, rounding="stochastic")
