@@ -3,7 +3,8 @@
     python benchmarks/fit.py                             prints the losses of what ships
     python benchmarks/fit.py --family gdn --seconds 300  searches for better constants, prints them
     python benchmarks/fit.py --lists                     writes the lists of plans anew
-    python benchmarks/fit.py --add report.json           adds what `ssmgen tune --report` measured
+    python benchmarks/fit.py --data FILE --add report.json
+                                                         adds what `ssmgen tune --report` measured
 
 The loss of a cell is by how much the plan of least estimated cost was slower than the best plan
 measured there. A plan that did not race counts as 20% behind, and is told apart in what is
@@ -36,7 +37,9 @@ from ssmgen.errors import ConfigError
 from ssmgen.families import spec
 from ssmgen.plan import Plan, fitted
 
-DATA = Path(__file__).parent / "results" / "plans-shipped-h200.json"
+RESULTS = Path(__file__).parent / "results"
+# What the shipped tables were made from, and `ssmgen tune --check` at sizes and shapes between.
+DATA = ("plans-shipped-h200.json", "plans-odd-h200.json")
 LISTS = Path(__file__).parents[1] / "cache" / "shortlists"
 LEFT_OUT = 1.2
 ARCH = Arch.of("sm_90")
@@ -302,6 +305,23 @@ def added(data: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
     return {"plans": shown, "runs": [*data["runs"], run]}
 
 
+def read(files: list[Path]) -> dict[str, Any]:
+    """Measurements of several files as of one."""
+    plans: list[dict[str, Any]] = []
+    runs = []
+    for data in (json.loads(file.read_text()) for file in files):
+        at = len(plans)
+        plans += data["plans"]
+        runs += [
+            {**run, "cells": [
+                {**cell, "us": {str(int(i) + at): us for i, us in cell["us"].items()}}
+                for cell in run["cells"]
+            ]}
+            for run in data["runs"]
+        ]  # fmt: skip
+    return {"plans": plans, "runs": runs}
+
+
 def text_of(data: dict[str, Any]) -> str:
     """JSON, a plan and a cell a line."""
     plans = ",\n".join(map(json.dumps, data["plans"]))
@@ -316,7 +336,8 @@ def text_of(data: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=str(DATA), metavar="FILE")
+    parser.add_argument("--data", action="append", type=Path, metavar="FILE", help="repeat it for "
+                        "more; left out: all that the lists are found with")  # fmt: skip
     parser.add_argument("--family", choices=FAMILIES, help="left out: all")
     parser.add_argument("--seconds", type=float, default=0, help="search for so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -326,15 +347,18 @@ def main() -> None:
     parser.add_argument("--lists", action="store_true", help="write the lists, and leave")
     parser.add_argument("--add", metavar="REPORT", help="add to the data, and leave")
     arguments = parser.parse_args()
-    data = json.loads(Path(arguments.data).read_text())
+    files = arguments.data or [RESULTS / name for name in DATA]
+    data = read(files)
     if arguments.add:
+        if len(files) > 1:
+            parser.error("--add needs the one --data it adds to")
         data = added(data, json.loads(Path(arguments.add).read_text()))
-        Path(arguments.data).write_text(text_of(data))
+        files[0].write_text(text_of(data))
         return
     if arguments.lists:
         for family in [arguments.family] if arguments.family else FAMILIES:
             if named := lists(data, family, arguments.seed):
-                text = text_of_lists(named, family, Path(arguments.data).name)
+                text = text_of_lists(named, family, " and ".join(file.name for file in files))
                 (LISTS / f"{family}.json").write_text(text)
         return
     if arguments.leave_out:

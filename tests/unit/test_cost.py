@@ -65,14 +65,24 @@ def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     assert statistics.median(losses.values()) < 0.02
 
 
-def test_where_the_lists_have_not_been_it_is_seldom_far_behind(hidden):
-    """At odd batches, heads and shapes, whose times no list was found with."""
+def test_at_odd_sizes_and_shapes_it_is_seldom_far_behind(hidden):
     losses = losses_of("ssu", "plans-odd-h200.json")
     raced = [loss for loss in losses.values() if loss < float("inf")]
     assert len(losses) == 315
-    assert len(raced) > 0.7 * len(losses)
-    assert sum(loss > LOSS for loss in raced) <= 0.07 * len(raced)
+    assert len(raced) > 0.85 * len(losses)
+    assert sum(loss > LOSS for loss in raced) <= 0.1 * len(raced)
     assert max(raced) < 0.2
+
+
+def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
+    command = [sys.executable, str(ROOT / "benchmarks" / "fit.py"), "--leave-out", "80x128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"(\d+) cells: .*, (\d+) above 10%, (\d+) of a plan", done.stdout)
+    assert found
+    cells, behind, unknown = map(int, found.groups())
+    assert cells == 305
+    assert behind <= 0.06 * cells
+    assert unknown <= 0.12 * cells
 
 
 def test_the_fit_reports_what_these_tests_hold():
@@ -171,7 +181,7 @@ def test_the_work_of_a_plan_is_counted_from_config_and_plan():
     assert counts == sorted(counts)
     assert len(set(counts)) == 3
     six = ssu.work(KernelConfig(state_dtype="fp16", ntokens=6), plan)
-    assert six.instructions > 4 * fp16.instructions
+    assert six.instructions > 3 * fp16.instructions
     each = KernelConfig(state_dtype="fp16", ntokens=6, has_intermediate=True, update_state=False)
     assert ssu.work(each, plan).bytes > 3 * six.bytes
     walking = dataclasses.replace(plan, algorithm="vertical", split=2, num_stages=3)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from ..base import Argument, Family, Layout
 from . import matrix, space
 from .config import ITEMSIZE, SsuConfig
-from .fit import REFERENCE_DIM, REFERENCE_DSTATE, fit, lanes, next_power_of_2
+from .fit import (
+    REFERENCE_DIM,
+    REFERENCE_DSTATE,
+    crowded,
+    fit,
+    lanes,
+    next_power_of_2,
+    unrolled,
+)
 from .layers import Mamba1, Mamba2
 from .work import work
 
@@ -115,6 +123,8 @@ class Ssu(Family):
             "hardware_fp8": arch.fp8,
             "paired_octets": ITEMSIZE[config.state_dtype] == 1 and plan.block_n >= 16,
             "tokens_block": next_power_of_2(config.ntokens),
+            "unrolled": unrolled(config, plan),
+            "crowded": crowded(config, plan),
             "mask_rows": config.dim % plan.block_m != 0,
             "mask_cols": config.dstate % plan.block_n != 0,
             "tiles": -(-config.dim // plan.block_m)

@@ -62,6 +62,24 @@ def lanes(plan: Plan, itemsize: int) -> dict[str, int]:
     return {"lane_columns": columns, "lanes": min(32, plan.block_n // columns)}
 
 
+def crowded(config: SsuConfig, plan: Plan) -> bool:
+    """Whether a lane has so much of a tile, 256 bytes of 16-bit elements, that one address has to
+    do for it. Of other states nothing like it was measured."""
+    elements = plan.block_m * plan.block_n // (32 * plan.num_warps)
+    return ITEMSIZE[config.state_dtype] == 2 and elements >= 128
+
+
+def unrolled(config: SsuConfig, plan: Plan) -> bool:
+    """Whether a walk down the rows takes two turns at once: where instructions bound it, that saves
+    those that count them."""
+    busy = config.state_dtype == "fp8_e4m3fn" or (config.state_dtype, config.rounding) == (
+        "int8", "stochastic",
+    )  # fmt: skip
+    return (
+        busy and plan.algorithm == "vertical" and config.dim // plan.block_m // plan.split % 2 == 0
+    )
+
+
 def _matrix(config: SsuConfig, plan: Plan) -> Plan:
     if outside := config.outside_matrix():
         name, value, allowed = outside

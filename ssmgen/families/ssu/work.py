@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cost import Work
 from .config import ITEMSIZE, SCALED, SsuConfig
+from .fit import unrolled
 
 if TYPE_CHECKING:
     from ...plan import Plan
@@ -24,20 +25,22 @@ class Counts:
     loaded and stored, besides those of each token; of a token after the first for itself, more
     where several warps share its inputs; more for an element with a scale, for stochastic rounding
     and for each of its rounds; for a row's sum over lanes. ``matrix`` is an element's in the matrix
-    form, for each 8 tokens. ``bits`` is registers an element more when rounding is stochastic."""
+    form, for each 8 tokens. ``bits`` and ``turn`` are registers an element more, where rounding is
+    stochastic and where a loop takes two turns at once."""
 
-    prologue: float = 63.7
-    column: float = 11.7
-    element: float = 4.55
-    token: float = 7.11
-    again: float = 43.0
-    across: float = 7.71
-    scaled: float = 1.39
-    stochastic: float = 6.75
-    round: float = 0.695
-    row: float = 24.3
-    matrix: float = 4.3
-    bits: float = 0.41
+    prologue: float = 86.4
+    column: float = 14.3
+    element: float = 6.3
+    token: float = 1.49
+    again: float = 127.0
+    across: float = 8.74
+    scaled: float = 1.23
+    stochastic: float = 3.41
+    round: float = 0.584
+    row: float = 39.5
+    matrix: float = 7.37
+    bits: float = 0.538
+    turn: float = 0.0803
 
 
 COUNTS = Counts()
@@ -70,7 +73,9 @@ def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
         "tokens": tokens,
         "writes": writes,
         "matrix": (tokens + 7) // 8 if plan.algorithm == "matrix" else 0,
-        "ahead": plan.num_stages > 1,
+        "ahead": plan.num_stages > 1 or plan.algorithm == "vertical",
+        "held": elements * item / 4 * (plan.num_stages == 1 and plan.algorithm == "vertical"),
+        "turns": unrolled(config, plan),
         "cap": plan.maxnreg or 255,
         # Inputs and outputs of a head; eight heads share a group's B and C.
         "bytes": state + tokens * ITEMSIZE[config.dtype] * (2 * config.dim + config.dstate / 4),
@@ -86,7 +91,8 @@ def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
     rows = f["elements"] / f["columns"]
     sums = rows * c.row * (1 + f["scaled"]) * (f["matrix"] == 0)
     again = (f["tokens"] - 1) * (c.again + (f["warps"] > 1) * c.across) * (f["matrix"] == 0)
-    needed = 24 + f["elements"] * (1.4 + c.bits * f["stochastic"] + 0.7 * f["matrix"])
+    each = 1.4 + c.bits * f["stochastic"] + c.turn * f["turns"] + 0.7 * f["matrix"]
+    needed = 24 + f["elements"] * each + f["held"]
     registers = (needed + f["cap"] - abs(needed - f["cap"])) / 2
     return {
         "programs": f["programs"],
