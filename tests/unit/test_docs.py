@@ -166,6 +166,7 @@ RESULTS = {
     ("docs/performance.md", "measured"): (["ssu-h200.json", "host-h200.json"], []),
     ("docs/performance.md", "tokens"): (["tokens-h200.json"], ["--tokens", "6"]),
     ("docs/performance.md", "gdn"): (["gdn-h200.json"], ["--heads", "32,8"]),
+    ("docs/performance.md", "conv1d"): (["conv1d-h200.json"], ["--dims", "8192,2048"]),
     ("docs/performance.md", "chain"): (["chain-h200.json"], []),
 }
 
