@@ -129,6 +129,10 @@ class Family(ABC):
         """Plans for what no list serves. The estimate knows nothing of the kernel ahead."""
         return [plan for plan in self.candidates(config, arch) if plan.early]
 
+    def staples(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
+        """Plans that `ssmgen tune` races whatever the estimate says of them."""
+        return ()
+
     def work(self, config: KernelConfig, plan: Plan) -> Work:
         """What `plan` makes one program do, for the cost model.
 

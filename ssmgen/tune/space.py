@@ -20,8 +20,8 @@ __all__ = ["entrants", "prune"]
 
 # An estimate may be off by so much; what is slower still at every size is not compiled.
 DOUBT = 1.6
-# The most plans of one config that are compiled, and that enter one race, besides the one in use.
-COMPILED, ENTRANTS = 28, 16
+# The most plans of one config that are compiled, and that enter one race, for their estimate alone.
+COMPILED, ENTRANTS = 20, 10
 
 
 def entrants(
@@ -29,16 +29,22 @@ def entrants(
 ) -> dict[Plan, Plan]:
     """The plans to compile for `sizes` (batch x heads), each with the form a table holds of it.
 
-    Those in use are always among them. At most `COMPILED` others, the best by estimate at any size
-    first.
+    Those in use are always among them, and the family's staples; of others at most `COMPILED`, the
+    best by estimate at any size first.
     """
     family = spec(config.family)
     plans = fitted(config, arch, family.candidates(config, arch))
     best = _places({plan: family.work(config, plan) for plan in plans}, arch, sizes)
     kept = {plan: plans[plan] for plan in [*best][:COMPILED]}
-    for plan in present:
-        kept.setdefault(plan, plans.get(plan, plan))
+    staples = _staples(config, arch)
+    for plan in (*present, *staples):
+        kept.setdefault(plan, plans.get(plan) or staples.get(plan, plan))
     return kept
+
+
+def _staples(config: KernelConfig, arch: Arch) -> dict[Plan, Plan]:
+    named = spec(config.family).staples(config, arch)
+    return fitted(config, arch, named) if named else {}
 
 
 def prune(
@@ -46,7 +52,7 @@ def prune(
     present: Plan, *others: Plan,
 ) -> tuple[list[Plan], dict[Plan, str]]:  # fmt: skip
     """Of `built`, plans and their manifests, those to race at `size`, the one in use first; and why
-    not the rest. Of `others` the estimate is not asked.
+    not the rest. Of `others`, and of the family's staples, the estimate is not asked.
 
     A plan goes that no multiprocessor can hold, that spills registers, or whose estimate with the
     registers and shared memory it really has is hopeless.
@@ -73,7 +79,8 @@ def prune(
         works[plan] = work
     best = _places(works, arch, [size])
     chosen = [plan for plan in best if plan != present][:ENTRANTS]
-    chosen += [plan for plan in others if plan in works and plan not in (present, *chosen)]
+    sure = dict.fromkeys([*others, *_staples(config, arch)])
+    chosen += [plan for plan in sure if plan in works and plan not in (present, *chosen)]
     out |= {p: "estimated to be slow" for p in works if p != present and p not in chosen}
     return [present, *chosen], out
 

@@ -16,10 +16,10 @@ from ssmgen.families.ssu.config import ITEMSIZE
 from ssmgen.plan import dispatch
 from ssmgen.template import TRITON_TYPES, key
 
-# Where no plan was measured, twelve warps, three a scheduler, must fit the 65536 registers of an
-# SM, or too few loads are in flight. Where plans were measured, the clock has spoken; a thread
+# Where no plan was measured, eleven warps, about three a scheduler, must fit the 65536 registers of
+# an SM, or too few loads are in flight. Where plans were measured, the clock has spoken; a thread
 # cannot have more than 255.
-GUESSED, MOST = 65536 // (12 * 32), 255
+GUESSED, MOST = 65536 // (11 * 32), 255
 MEASURED = {"sm_90"}
 
 ROUNDED = ("fp16", "bf16", "int16", "int8", "fp8_e4m3fn")

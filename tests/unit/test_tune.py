@@ -52,7 +52,7 @@ def fastest(config, heads):
 
 
 SSU_PLANS = list(entrants(FP16, SM_90, FEW, []))
-BEST = ((0, ("simple", 8, 2, True)), (2000, ("simple", 32, 4, False)))
+BEST = ((0, ("simple", 8, 1, True)), (2000, ("simple", 64, 8, True)))
 
 
 def run(rig, out, configs=(FP16,), **more):
@@ -80,7 +80,7 @@ def test_the_best_plans_are_found_and_dispatch_takes_them(tmp_path, monkeypatch,
     monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path))
     low, high = dispatch(FP16, SM_90, FakeRig.gpu)
     assert (low.limit, high.limit) == (4096, None)  # between 1024 and 16384, in ratio
-    assert (low.plan.block_m, high.plan.block_m) == (8, 32)
+    assert (low.plan.block_m, high.plan.block_m) == (8, 64)
     assert low.why == f"table {tmp_path}/ssu/sm_90/nvidia-pretend-9000/fp16.nearest.json"
 
 
@@ -213,7 +213,10 @@ def test_candidates_are_pruned_by_estimate_but_never_the_plan_in_use():
     kept = entrants(FP16, SM_90, FEW, [slow])
     assert slow in kept
     assert slow not in entrants(FP16, SM_90, FEW, [])
-    assert len(kept) <= COMPILED + 1
+    staples = {SSU.fit(FP16, p, SM_90) for p in SSU.staples(FP16, SM_90)}
+    assert len(staples) > 5
+    assert staples <= kept.keys()
+    assert len(kept) <= COMPILED + len(staples) + 1
     everything = {SSU.fit(FP16, p, SM_90) for p in SSU.candidates(FP16, SM_90)}
     assert len(everything) > 3 * len(kept)
 
@@ -251,7 +254,10 @@ def test_registers_of_the_artifact_decide_occupancy():
 def test_a_race_has_few_entrants():
     built = {plan: manifest() for plan in SSU_PLANS}
     chosen, _ = prune(FP16, SM_90, 16384, built, SSU_PLANS[-1])
-    assert len(chosen) <= ENTRANTS + 1
+    staples = {SSU.fit(FP16, p, SM_90) for p in SSU.staples(FP16, SM_90)} & built.keys()
+    assert staples
+    assert staples <= {*chosen}
+    assert len(chosen) <= ENTRANTS + len(staples) + 1
     assert SSU_PLANS[-1] in chosen
 
 

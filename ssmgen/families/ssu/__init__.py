@@ -167,6 +167,9 @@ class Ssu(Family):
     def general(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
         return space.general(config)
 
+    def staples(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        return [*self.shortlist(config, arch), *space.general(config)]
+
     def work(self, config: SsuConfig, plan: Plan) -> Work:  # type: ignore[override]
         return work(config, plan)
 
