@@ -79,8 +79,8 @@ def quantise(
         dtype: torch.int16, torch.int8 or torch.float8_e4m3fn.
         bits: integers in [0, 65536) that broadcast to the shape of `values`, for stochastic
             rounding; None rounds to nearest, ties to even. With bits r, integer kinds take
-            ``floor((rint(u * 2**n) * 2**(16 - n) + r) / 2**16)``, with u exact and n = 15 for int8
-            and 16 for int16; fp8 adds r to the top 16 of the 20 bits it drops.
+            the floor of ``(2 * rint(u * 2**15) + r) / 2**16``, int8, or ``rint(u * 2**16 + r) /
+            2**16``, int16, with u exact; fp8 adds r to the top 16 of the 20 bits it drops.
 
     Returns:
         (codes, scale): codes (..., dstate) in `dtype`, scale (...) fp32.
@@ -107,9 +107,9 @@ def quantise(
     elif noise is None:
         codes = u.round().to(dtype)
     else:
-        steps = 2.0**15 if dtype == torch.int8 else 2.0**16
-        grid = (u * steps).round() * (65536 / steps)
-        codes = ((grid + noise) / 65536).floor().to(dtype)
+        fine = u * 2.0**15
+        noisy = fine.round() * 2 + noise if dtype == torch.int8 else (fine * 2 + noise).round()
+        codes = (noisy / 65536).floor().to(dtype)
     return codes, scale.squeeze(-1)
 
 

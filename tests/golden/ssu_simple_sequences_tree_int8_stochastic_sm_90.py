@@ -97,7 +97,7 @@ def encode_state(h, encode, bits):
     # Even elements take the low half of a word, odd ones the high half.
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 u<4>, r<4>, n<4>;
+        .reg .b32 u<4>, r<4>;
         fma.rn.f32 u0, $1, $5, 0f4B400000;
         prmt.b32 r0, $9, 0x80, 0x5410;
         mad.lo.u32 u0, u0, 2, r0;

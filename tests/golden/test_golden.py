@@ -75,6 +75,16 @@ GOLDEN = {
         "sm_90",
         {"state_dtype": "int8", "rounding": "stochastic", "philox_rounds": 5, "has_dst": True},
     ),
+    "ssu_vertical_ahead_fp8_sm_90": (
+        dataclasses.replace(VERTICAL, num_stages=1),
+        "sm_90",
+        {"state_dtype": "fp8_e4m3fn", "rounding": "stochastic", "has_z": True},
+    ),
+    "ssu_simple_crowded_bf16_sm_90": (
+        dataclasses.replace(SIMPLE, block_m=32, num_warps=1),
+        "sm_90",
+        {"state_dtype": "bf16", "has_dst": True},
+    ),
     "ssu_vertical_bf16_dim_80_sm_80": (VERTICAL, "sm_80", {"state_dtype": "bf16", "dim": 80}),
     "ssu_horizontal_bf16_dim_80_sm_90": (
         HORIZONTAL,
@@ -344,7 +354,8 @@ def test_what_a_config_does_not_have_is_not_in_its_source(sources):
 def test_what_an_arch_lacks_is_not_in_its_source(sources):
     for config, _, arch, source in sources:
         assert ("gdc_wait" in source) == (config.pdl and arch != "sm_80")
-        hardware = config.rounding == "stochastic" and config.state_dtype in ("fp16", "bf16")
+        halves = config.state_dtype in ("fp16", "bf16")
+        hardware = config.rounding == "stochastic" and halves and config.aligned
         assert ("cvt.rs" in source) == (hardware and arch == "sm_100")
         assert ("decode_fp8" in source) == (config.state_dtype == "fp8_e4m3fn" and arch == "sm_80")
 

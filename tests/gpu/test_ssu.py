@@ -192,12 +192,14 @@ def test_a_pool_of_more_than_two_to_the_31_elements_is_addressed():
     assert not pool.any()
 
 
-def test_unaligned_views_take_another_variant_and_give_the_same_result():
-    aligned = make("fp16", dim=64, dstate=128)
-    shifted = make("fp16", dim=64, dstate=128, offset=1, pitch=1)
+@pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)
+def test_unaligned_views_take_another_variant_and_give_the_same_result(state, rounding):
+    aligned = make(state, rounding, dim=64, dstate=128)
+    shifted = make(state, rounding, dim=64, dstate=128, offset=1, pitch=1)
     kernel = {c.layout().config.aligned for c in (aligned, shifted)}
     assert kernel == {True, False}
     a, b = run(aligned), run(shifted)
+    verify(shifted, b)
     assert same(a["state"].contiguous(), b["state"].contiguous())
 
 

@@ -64,6 +64,20 @@ def test_every_algorithm_state_and_rounding_is_right(algorithm, state, rounding)
     assert verdict.determined >= DETERMINED[state]
 
 
+@pytest.mark.parametrize("options", [{}, {"indices": [2, -1, 4], "dst": [3, 1, -1]}], ids=str)
+@pytest.mark.parametrize(("state", "rounding"), ROUNDINGS)
+def test_a_tile_that_waits_in_registers_is_right(state, rounding, options):
+    batch = {} if options else {"batch": 2}
+    call = make(state, rounding, nheads=2, ngroups=1, z=True, **batch, **options)
+    verify(call, run(call, "vertical", num_stages=1, split=2))
+
+
+def test_a_destination_is_not_taken_for_a_source():
+    sizes = {"nheads": 1, "ngroups": 1, "batch": 1, "dim": 512, "dstate": 256}
+    call = make("bf16", **sizes, indices=[2], dst=[1])
+    verify(call, run(call, "horizontal", block_m=512, block_n=128, num_warps=16))
+
+
 @pytest.mark.parametrize(("algorithm", "state", "rounding"), SERVED)
 def test_every_mamba1_kernel_is_right(algorithm, state, rounding):
     call = make(state, rounding, headless=True, dim=32, dstate=16, batch=2, z=True)

@@ -16,8 +16,6 @@ E4M3 = torch.float8_e4m3fn
 HALVES = [torch.float16, torch.bfloat16]
 SCALED = list(QMAX)
 INTEGERS = [torch.int16, torch.int8]
-# What noise of 16 bits is added to, in steps of its lowest bit.
-STEP = {torch.int8: 2, torch.int16: 1}
 INF = float("inf")
 NAN = float("nan")
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -239,10 +237,12 @@ def test_integers_rise_for_exactly_the_fraction_of_all_random_bits(dtype):
     codes, _ = quantise(values.expand(65536, -1), dtype, noise)
     floor_ = values.double().floor()
     fraction = values.double() - floor_
-    step = STEP[dtype]
-    check_every_noise(
-        codes.double(), floor_, fraction, lambda f: (f * (65536 / step)).round() * step
-    )
+    rises = {
+        torch.int8: lambda f: (f * 32768).round() * 2,
+        # Half a step more is noise enough with the largest: 65535.5 is rounded to 65536.
+        torch.int16: lambda f: (f * 65536 + 0.5).floor(),
+    }
+    check_every_noise(codes.double(), floor_, fraction, rises[dtype])
 
 
 @settings(max_examples=200, deadline=None)
@@ -257,11 +257,12 @@ def test_integer_codes_follow_the_formula_in_exact_arithmetic(dtype, share, peak
     limit = int(QMAX[dtype])
     encode = np.float32(PEAK[dtype]) / max(np.float32(peak), np.float32(2.0**-100))
     exact = Fraction(float(value)) * Fraction(float(encode))
-    steps = round(exact * 65536 / STEP[dtype]) * STEP[dtype]
-    noise = min(max(-steps % 65536 + offset, 0), 65535)
+    noise = min(max(-round(exact * 65536) % 65536 + offset, 0), 65535)
+    finer = exact * 32768
+    noisy = 2 * round(finer) + noise if dtype == torch.int8 else round(2 * finer + noise)
     row = torch.tensor([float(value), peak])
     codes, _ = quantise(row, dtype, torch.tensor([noise, 65535]))
-    assert int(codes[0]) == (steps + noise) // 65536
+    assert int(codes[0]) == noisy // 65536
     assert max(abs(int(code)) for code in codes) <= limit
 
 

@@ -138,5 +138,5 @@ def _warps(config: SsuConfig, plan: Plan) -> int:
 
 def _stages(config: SsuConfig, plan: Plan, arch: Arch) -> int:
     """Half of the shared memory for one program, so that two may be resident."""
-    tile = plan.block_m * plan.block_n * ITEMSIZE[config.state_dtype]
+    tile = plan.block_m * plan.block_n * ITEMSIZE[config.state_dtype] * (1 + unrolled(config, plan))
     return max(1, min(plan.num_stages, arch.shared_memory // 2 // tile))

@@ -61,6 +61,7 @@ def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
     scaled = config.state_dtype in SCALED
     writes = config.update_state + config.has_intermediate * tokens
     state = config.dim * (config.dstate * item + 4 * scaled) * (1 + writes)
+    turns = 1 + unrolled(config, plan)
     return {
         "programs": programs,
         "steps": steps,
@@ -75,11 +76,11 @@ def facts(config: SsuConfig, plan: Plan) -> dict[str, float]:
         "matrix": (tokens + 7) // 8 if plan.algorithm == "matrix" else 0,
         "ahead": plan.num_stages > 1 or plan.algorithm == "vertical",
         "held": elements * item / 4 * (plan.num_stages == 1 and plan.algorithm == "vertical"),
-        "turns": unrolled(config, plan),
+        "turns": turns,
         "cap": plan.maxnreg or 255,
         # Inputs and outputs of a head; eight heads share a group's B and C.
         "bytes": state + tokens * ITEMSIZE[config.dtype] * (2 * config.dim + config.dstate / 4),
-        "shared": plan.num_stages * plan.block_m * plan.block_n * item * (plan.num_stages > 1),
+        "shared": (plan.num_stages - 1) * turns * plan.block_m * plan.block_n * item,
     }
 
 
@@ -91,7 +92,7 @@ def counted(f: Any, c: Counts = COUNTS) -> dict[str, Any]:
     rows = f["elements"] / f["columns"]
     sums = rows * c.row * (1 + f["scaled"]) * (f["matrix"] == 0)
     again = (f["tokens"] - 1) * (c.again + (f["warps"] > 1) * c.across) * (f["matrix"] == 0)
-    each = 1.4 + c.bits * f["stochastic"] + c.turn * f["turns"] + 0.7 * f["matrix"]
+    each = 1.4 + c.bits * f["stochastic"] + c.turn * (f["turns"] - 1) + 0.7 * f["matrix"]
     needed = 24 + f["elements"] * each + f["held"]
     registers = (needed + f["cap"] - abs(needed - f["cap"])) / 2
     return {
