@@ -30,15 +30,15 @@ class Plan:
     """Algorithm, tile, warps, stages.
 
     A program works on tiles of ``block_m`` rows of ``dim`` by ``block_n`` columns of ``dstate``
-    with ``num_warps`` warps and, where it walks, ``num_stages`` of them at a time: the one it works
-    on, and others on their way to shared memory; with one, the vertical algorithm has the next on
-    its way to registers. ``split`` programs share the rows of one head there. With ``evict_first``
-    the new state is the first to leave the L2. ``maxnreg`` caps the registers of a thread, so that
-    more programs fit. With programmatic dependent launch, an ``early`` plan loads the state while the
-    kernel ahead still runs (ssu, gdn), and lets the kernel behind start before its own inputs are
-    there (conv1d); one that is not early leaves the memory to the kernel ahead. In a ``placed``
-    plan the source says which thread holds which element (Gluon) and not the compiler, so that no
-    vector passes through shared memory.
+    with ``num_warps`` warps and, where it walks, ``num_stages`` of them at a time: the one it
+    works on, and others on their way to shared memory; with one, the vertical algorithm has the
+    next on its way to registers. ``split`` programs share the rows of one head there. With
+    ``evict_first`` the new state is the first to leave the L2. ``maxnreg`` caps the registers of a
+    thread, so that more programs fit. With programmatic dependent launch, an ``early`` plan loads
+    the state while the kernel ahead still runs (ssu, gdn), and lets the kernel behind start before
+    its own inputs are there (conv1d); one that is not early leaves the memory to the kernel ahead.
+    In a ``placed`` plan the source says which thread holds which element (Gluon) and not the
+    compiler, so that no vector passes through shared memory.
     """
 
     algorithm: str
