@@ -482,8 +482,9 @@ def _verify_scaled(
     if codes.dtype == torch.float8_e4m3fn:
         low, high = (_to_e4m3(u + s * slack, bits) for s in (-1, 1))
     else:
-        slack = slack + 2.0**-17  # the last of the bits' own quantum
-        shift = 0.5 if bits is None else (bits.double() + 0.5) / 65536
+        # Half a step of the grid that random bits are added on.
+        slack = slack + 2.0 ** (-16 if codes.dtype == torch.int8 else -17)
+        shift = 0.5 if bits is None else bits.double() / 65536
         if bits is None:
             low, high = (torch.round(u + s * slack) for s in (-1, 1))
         else:
