@@ -63,6 +63,11 @@ class Arch:
         return self.cc >= 90
 
     @property
+    def bulk_prefetch(self) -> bool:
+        """``cp.async.bulk.prefetch.L2``: one instruction asks for any number of bytes."""
+        return self.cc >= 90
+
+    @property
     def cvt_rs(self) -> bool:
         """``cvt.rs``: stochastic rounding of fp32 pairs to fp16/bf16 in hardware."""
         return self.cc in (100, 103)

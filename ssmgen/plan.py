@@ -37,6 +37,8 @@ class Plan:
     thread, so that more programs fit. With programmatic dependent launch, an ``early`` plan loads
     the state while the kernel ahead still runs (ssu, gdn), and lets the kernel behind start before
     its own inputs are there (conv1d); one that is not early leaves the memory to the kernel ahead.
+    With ``prefetch`` a program asks for what the program so many further on will load into the L2,
+    so that more of the memory is under way than registers hold.
     In a ``placed`` plan the source says which thread holds which element (Gluon) and not the
     compiler, so that no vector passes through shared memory.
     """
@@ -51,6 +53,7 @@ class Plan:
     maxnreg: int | None = None
     early: bool = True
     placed: bool = False
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
         algorithm = plain(self.algorithm)
@@ -67,6 +70,10 @@ class Plan:
             if name in ("block_m", "block_n", "num_warps") and value & (value - 1):
                 raise ConfigError(f"plan.{name}: {value!r} is not a power of two")
             object.__setattr__(self, name, value)
+        ahead = plain(self.prefetch)
+        if type(ahead) is not int or not 0 <= ahead <= LARGEST:
+            raise ConfigError(f"plan.prefetch: {shown(ahead)} is not 0 to {LARGEST}")
+        object.__setattr__(self, "prefetch", ahead)
         for name in ("evict_first", "early", "placed"):
             value = getattr(self, name)
             if type(value) is not bool:
@@ -94,6 +101,8 @@ class Plan:
             text += " late"
         if self.placed:
             text += " placed"
+        if self.prefetch:
+            text += f" prefetch={self.prefetch}"
         return text
 
 

@@ -151,6 +151,10 @@ class Family(ABC):
             instructions=8 * elements,
         )
 
+    def tuned_at(self, config: KernelConfig) -> Sequence[int]:
+        """Problem sizes, counted as `sizes` are, that ``ssmgen tune`` measures `config` at."""
+        return self.sizes
+
     @abstractmethod
     def grid(self, config: KernelConfig, plan: Plan, batch: int, nheads: int) -> tuple[int, ...]:
         """Programs along x, y, z."""

@@ -14,13 +14,15 @@ from ..families.ssu.config import SsuConfig
 
 __all__ = ["grid"]
 
+# Shapes of a head that no shipped manifest has: those between them.
+SHAPES = ((96, 128), (64, 96))
 # Tokens a row, one for each key up to 8: tables tell no more of them apart.
 TOKENS = (2, 4, 6)
 
 
 def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """`configs`, of the manifests, and what these do not name: drafts on the states that they do,
-    in the reference shape. Of the gated delta nets, and the convolutions of 16-bit layers, the
+    """`configs`, of the manifests, and what these do not name: on the states that they do, drafts
+    in the reference shape and heads of other shapes. Of the gated delta nets, and the convolutions of 16-bit layers, the
     plainest come first, so that they stand for those that share a key with them. What has a table
     written by hand is left out."""
     given = [c for c in configs if not tables.by_hand(c.family, spec(c.family).dispatch_keys(c))]
@@ -42,6 +44,9 @@ def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
         (c.state_dtype, c.rounding, c.philox_rounds) for c in given if isinstance(c, SsuConfig)
     )
     for state, rounding, rounds in states:
+        for dim, dstate in SHAPES:
+            found.append(SsuConfig(state_dtype=state, rounding=rounding, philox_rounds=rounds,
+                                   dim=dim, dstate=dstate))  # fmt: skip
         found += _drafts(state_dtype=state, rounding=rounding, philox_rounds=rounds)
     return list(dict.fromkeys(found))
 

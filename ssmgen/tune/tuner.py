@@ -119,7 +119,7 @@ def cells_of(
     for (name, key), config in keys.items():
         choices, guesses = dispatch(config, arch, gpu), modelled(config, arch)
         family = spec(name)
-        wanted = (family.limit(config, size) for size in sizes or family.sizes)
+        wanted = (family.limit(config, size) for size in sizes or family.tuned_at(config))
         shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
         for batch, nheads in shapes:
             work = batch * nheads

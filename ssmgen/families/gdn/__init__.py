@@ -21,6 +21,15 @@ __all__ = ["FAMILY", "Gdn", "GdnConfig"]
 REFERENCE_K, REFERENCE_V = 128, 128
 
 
+# (rows, how many programs ahead, evict_first; one warp) of one token, by the bytes of an element: 4
+# to 8 MB.
+PREFETCH = {
+    2: ((8, 4096, False), (8, 2048, True), (16, 2048, False), (16, 1024, True), (32, 512, False),
+        (32, 768, False)),
+    4: ((4, 4096, False), (4, 4096, True), (8, 2048, False), (16, 1024, False)),
+}  # fmt: skip
+
+
 class Gdn(Family):
     name = "gdn"
     heads = (32, 8)
@@ -112,6 +121,7 @@ class Gdn(Family):
             "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
             "mask_cols": config.head_k_dim != plan.block_n,
             "tiles": config.head_v_dim // plan.block_m,
+            "prefetch_bytes": _tile_bytes(config, plan.block_m),
         }
 
     def dispatch_keys(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
@@ -122,6 +132,30 @@ class Gdn(Family):
     def listings(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
         # A list for several tokens is worth more than one for PDL.
         return tuple(sorted(self.dispatch_keys(config), key=lambda key: ".many" not in key))
+
+    def candidates(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        return [*super().candidates(config, arch), *self.staples(config, arch)]
+
+    def general(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        # The estimate takes those that prefetch for those that do not.
+        return [plan for plan in super().candidates(config, arch) if plan.early]
+
+    def staples(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
+        from ...plan import Plan
+
+        if config.many or config.state_layout != "VK":
+            return []
+        return [
+            Plan(
+                algorithm="simple",
+                block_m=rows,
+                block_n=REFERENCE_K,
+                num_warps=1,
+                evict_first=evict,
+                prefetch=ahead,
+            )
+            for rows, ahead, evict in PREFETCH[ITEMSIZE[config.state_dtype]]
+        ]
 
     def fit(self, config: GdnConfig, plan: Plan, arch: Arch) -> Plan:  # type: ignore[override]
         from ...plan import Plan
@@ -140,6 +174,8 @@ class Gdn(Family):
         # With more than 128 elements a thread the state leaves no registers for its products.
         warps = max(warps, block_m * block_n // (32 * 128))
         warps = max(1, min(warps, block_m * block_n // (32 * vector)))
+        beside = config.aligned and config.state_layout == "VK" and not config.many
+        asks = beside and arch.bulk_prefetch and _tile_bytes(config, block_m) % 16 == 0
         return Plan(
             algorithm="simple",
             block_m=block_m,
@@ -148,6 +184,7 @@ class Gdn(Family):
             evict_first=plan.evict_first,
             maxnreg=plan.maxnreg,
             early=plan.early or not (config.pdl and arch.pdl),
+            prefetch=plan.prefetch if asks else 0,
         )
 
     def work(self, config: GdnConfig, plan: Plan) -> Work:  # type: ignore[override]
@@ -172,6 +209,10 @@ class Gdn(Family):
             "pdl": config.pdl,
             "cache_steps": config.ntokens if config.seqlens_dtype else 0,
         }
+
+
+def _tile_bytes(config: GdnConfig, rows: int) -> int:
+    return rows * config.head_k_dim * ITEMSIZE[config.state_dtype]
 
 
 FAMILY = Gdn()

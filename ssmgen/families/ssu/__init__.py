@@ -15,6 +15,7 @@ from .fit import (
     fit,
     lanes,
     next_power_of_2,
+    tile_bytes,
     unrolled,
 )
 from .layers import Mamba1, Mamba2
@@ -130,6 +131,7 @@ class Ssu(Family):
             "tiles": -(-config.dim // plan.block_m)
             if plan.algorithm in ("simple", "matrix")
             else plan.split,
+            "prefetch_bytes": tile_bytes(config, plan),
             **(matrix.layouts(config, plan) if plan.algorithm == "matrix" else {}),
             **lanes(plan, ITEMSIZE[config.state_dtype]),
         }
@@ -168,7 +170,14 @@ class Ssu(Family):
         return space.general(config)
 
     def staples(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        return [*self.shortlist(config, arch), *space.general(config)]
+        found = [*self.shortlist(config, arch), *space.general(config)]
+        return found + space.prefetching(config)
+
+    def tuned_at(self, config: SsuConfig) -> tuple[int, ...]:  # type: ignore[override]
+        # One token is what is asked for most, and at any size.
+        if config.many or config.pdl:
+            return self.sizes
+        return tuple(sorted({*self.sizes, *(3 * 2**k for k in range(5, 10))}))
 
     def work(self, config: SsuConfig, plan: Plan) -> Work:  # type: ignore[override]
         return work(config, plan)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ...arch import Arch
     from ...plan import Plan
 
-__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "lanes", "next_power_of_2", "placeable"]
+__all__ = ["REFERENCE_DIM", "REFERENCE_DSTATE", "fit", "lanes", "next_power_of_2", "placeable",
+           "tile_bytes"]  # fmt: skip
 
 # The shape the dispatch table is written for: one Mamba2 head.
 REFERENCE_DIM, REFERENCE_DSTATE = 64, 128
@@ -41,9 +42,17 @@ def fit(config: SsuConfig, plan: Plan, arch: Arch) -> Plan:
     capped = ITEMSIZE[config.state_dtype] == 1 and not config.many
     cap = plan.maxnreg if capped and plan.algorithm == "vertical" else None
     placed = plan.placed and plan.algorithm == "simple" and placeable(config)
+    plain = plan.algorithm == "simple" and not (placed or config.many)
+    asks = plain and config.aligned and arch.bulk_prefetch and tile_bytes(config, plan) % 16 == 0
     return replace(
-        plan, num_warps=warps, num_stages=stages, maxnreg=cap, early=early, placed=placed
+        plan, num_warps=warps, num_stages=stages, maxnreg=cap, early=early, placed=placed,
+        prefetch=plan.prefetch if asks else 0,
     )  # fmt: skip
+
+
+def tile_bytes(config: SsuConfig, plan: Plan) -> int:
+    """The bytes of a tile that lie in memory."""
+    return plan.block_m * config.dstate * ITEMSIZE[config.state_dtype]
 
 
 def placeable(config: SsuConfig) -> bool:
@@ -87,7 +96,7 @@ def _matrix(config: SsuConfig, plan: Plan) -> Plan:
     rows, warps = matrix.fit(config, plan)
     return replace(
         plan, block_m=rows, block_n=config.dstate, num_warps=warps, num_stages=1, split=1,
-        evict_first=False, early=True, placed=False,
+        evict_first=False, early=True, placed=False, prefetch=0,
     )  # fmt: skip
 
 
