@@ -174,8 +174,9 @@ class Ssu(Family):
         return found + space.prefetching(config)
 
     def tuned_at(self, config: SsuConfig) -> tuple[int, ...]:  # type: ignore[override]
-        # One token is what is asked for most, and at any size.
-        if config.many or config.pdl:
+        # What is asked for most, and at any size.
+        usual = (config.dim, config.dstate) == (REFERENCE_DIM, REFERENCE_DSTATE)
+        if config.many or config.pdl or not (usual and config.tie_hdim):
             return self.sizes
         return tuple(sorted({*self.sizes, *(3 * 2**k for k in range(5, 10))}))
 
