@@ -1,6 +1,7 @@
 """What compute-sanitizer watches in ``make sanitize``: kernels of every form, in each plan that may
-serve them on this GPU, with elements placed where they can be, and late with PDL; each launched on
-a few rows of which one is padded.
+serve them on this GPU, with elements placed where they can be, late with PDL, and asking for what
+the next row loads; each launched on a few rows of which one is padded. Of all these, those that
+name the words of the command line: ``python tests/gpu/sanitize.py gdn prefetch``.
 """
 
 from __future__ import annotations
@@ -88,10 +89,15 @@ def conv1d() -> Iterator[Conv1dConfig]:
 
 
 def plans(config: KernelConfig, arch: Arch) -> list[Plan]:
-    """Those that may serve it here; the simple ones also placed, and with PDL late."""
+    """Those that may serve it here; the simple ones also placed, with PDL late, and prefetching."""
     family, found = spec(config.family), variants(config, arch, torch.cuda.get_device_name())
     others = [dataclasses.replace(plan, placed=True) for plan in found]
     others += [dataclasses.replace(plan, early=False) for plan in found]
+    if config.family != "conv1d":
+        others += [
+            dataclasses.replace(plan, prefetch=family.grid(config, plan, 1, HEADS)[0])
+            for plan in found
+        ]
     return list(dict.fromkeys([*found, *(family.fit(config, plan, arch) for plan in others)]))
 
 
@@ -108,6 +114,8 @@ def main() -> None:
         if getattr(problem, "sources", None) is not None:
             problem.sources[:, 0] = -1
         for plan in plans(config, arch):
+            if not all(word in f"{config.family} {plan}" for word in sys.argv[1:]):
+                continue
             function = load(build(config, plan, arch), torch.cuda.current_device())
             launch = planned(problem, function, plan)
             for which in range(problem.sets):

@@ -19,6 +19,7 @@ from ssmgen.errors import ConfigError
 from ssmgen.families import spec
 from ssmgen.families.ssu.config import ITEMSIZE
 from ssmgen.plan import dispatch, variants
+from ssmgen.template import render
 
 ROOT = Path(__file__).parents[2]
 SSU = spec("ssu")
@@ -554,3 +555,55 @@ def test_a_plan_is_placed_only_where_16_bytes_a_lane_are_all_there_is(fields, se
     simple = [p for p in family.candidates(config, SM_90) if p.algorithm == "simple"]
     assert all(p.placed == (served and p.num_warps > 1) for p in simple)
     assert not any(p.placed for p in family.general(config, SM_90))
+
+
+# What later programs load
+
+
+@pytest.mark.parametrize(
+    ("fields", "arch", "asks"),
+    [
+        ({"state_dtype": "bf16"}, "sm_90", True),
+        ({"state_dtype": "int16", "rounding": "stochastic"}, "sm_120", True),
+        ({"state_dtype": "int8", "index_dtype": None, "dim": 8, "dstate": 16}, "sm_90", True),
+        ({"family": "gdn", "pdl": True}, "sm_100", True),
+        ({"state_dtype": "bf16"}, "sm_89", False),  # has no such instruction
+        ({"state_dtype": "bf16", "aligned": False}, "sm_90", False),
+        ({"family": "gdn", "aligned": False}, "sm_90", False),
+        ({"state_dtype": "bf16", "ntokens": 4}, "sm_90", False),
+        ({"family": "gdn", "ntokens": 4}, "sm_90", False),
+        ({"family": "gdn", "state_layout": "KV"}, "sm_90", False),  # a tile lies in pieces
+    ],
+)
+def test_a_plan_prefetches_only_what_lies_side_by_side(fields, arch, asks):
+    config, arch = KernelConfig(**fields), Arch.of(arch)
+    wanted = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1, prefetch=512)
+    plan = spec(config.family).fit(config, wanted, arch)
+    assert plan.prefetch == (512 if asks else 0)
+    assert ("cp.async.bulk.prefetch.L2.global" in render(config, plan, arch)) == asks
+    assert "prefetch(" not in render(config, plan, arch, interpret=True)
+
+
+@pytest.mark.parametrize("algorithm", ["vertical", "horizontal"])
+def test_programs_that_walk_prefetch_nothing(algorithm):
+    wanted = Plan(algorithm=algorithm, block_m=16, block_n=64, num_warps=2, prefetch=512)
+    assert SSU.fit(KernelConfig(state_dtype="bf16"), wanted, SM_90).prefetch == 0
+    placed = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=2, placed=True, prefetch=8)
+    assert SSU.fit(KernelConfig(state_dtype="bf16"), placed, SM_90).prefetch == 0
+
+
+@pytest.mark.parametrize("ahead", [-1, 2**20 + 1, True, 1.0, "8", None])
+def test_a_distance_is_a_count_of_programs(ahead):
+    with pytest.raises(ConfigError, match="plan.prefetch"):
+        Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1, prefetch=ahead)
+
+
+def test_the_tuner_races_plans_that_prefetch_and_writes_how_far():
+    for fields in ({"state_dtype": "bf16"}, {"family": "gdn"}):
+        config = KernelConfig(**fields)
+        asking = [p for p in spec(config.family).staples(config, SM_90) if p.prefetch]
+        assert asking
+        assert {*asking} <= {*spec(config.family).candidates(config, SM_90)}
+        assert f"prefetch={asking[0].prefetch}" in str(asking[0])
+        # To the estimate they are what they would be without.
+        assert not any(p.prefetch for p in spec(config.family).general(config, SM_90))

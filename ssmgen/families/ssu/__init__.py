@@ -173,12 +173,8 @@ class Ssu(Family):
         found = [*self.shortlist(config, arch), *space.general(config)]
         return found + space.prefetching(config)
 
-    def tuned_at(self, config: SsuConfig) -> tuple[int, ...]:  # type: ignore[override]
-        # What is asked for most, and at any size.
-        usual = (config.dim, config.dstate) == (REFERENCE_DIM, REFERENCE_DSTATE)
-        if config.many or config.pdl or not (usual and config.tie_hdim):
-            return self.sizes
-        return tuple(sorted({*self.sizes, *(3 * 2**k for k in range(5, 10))}))
+    def tuned_at(self, config: SsuConfig) -> list[int]:  # type: ignore[override]
+        return space.sizes(config, self.sizes)
 
     def work(self, config: SsuConfig, plan: Plan) -> Work:  # type: ignore[override]
         return work(config, plan)

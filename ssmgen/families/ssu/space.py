@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .config import ITEMSIZE, SsuConfig
-from .fit import placeable
+from .fit import REFERENCE_DIM, REFERENCE_DSTATE, placeable
 
 if TYPE_CHECKING:
     from ...plan import Plan
 
-__all__ = ["candidates", "general", "listing", "prefetching"]
+__all__ = ["candidates", "general", "listing", "prefetching", "sizes"]
 
 COLUMNS = 128
 
@@ -121,3 +122,17 @@ def general(config: SsuConfig) -> list[Plan]:
     if config.algorithm == "horizontal":
         found += _plans("horizontal", (64,), (32,), (4,), (2,))
     return found
+
+
+def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
+    """Batch x heads at which plans are measured: more than the usual ones for what is asked for most,
+    and where instructions bound a kernel, whose time then goes up in steps, a wave each."""
+    steps = [128, 256, 512, 1024, 2048]
+    more: list[int] = []
+    if config.many or config.pdl:
+        pass
+    elif config.tie_hdim and ITEMSIZE[config.state_dtype] == 1 and config.rounding == "stochastic":
+        more = [96, *(n * step // 4 for step in steps for n in (5, 6))]
+    elif (config.dim, config.dstate) == (REFERENCE_DIM, REFERENCE_DSTATE):
+        more = [96, *(3 * step // 2 for step in steps[:-1])]
+    return sorted({*usual, *more})
