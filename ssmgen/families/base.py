@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import tables
-from ..cost import Work
+from ..cost import FITTED, Work
 from .layers import Layers
 
 if TYPE_CHECKING:
@@ -113,10 +113,15 @@ class Family(ABC):
 
     def shortlist(self, config: KernelConfig, arch: Arch) -> Mapping[Plan, float]:
         """The few plans that the cost model chooses among where there is no table, each with a
-        factor on its estimate: those of a measured list, else what the family has for all."""
+        factor on its estimate: those of a measured list, else what the family has for all. How far
+        ahead a plan may prefetch was measured on one GPU, and is left to `ssmgen tune` elsewhere."""
         for name in self.listings(config):
             listed = tables.shortlist(self.name, name).items()
-            allowed = {p: f for p, f in listed if config.algorithm in ("auto", p.algorithm)}
+            allowed: dict[Plan, float] = {}
+            for plan, factor in listed:
+                if config.algorithm in ("auto", plan.algorithm):
+                    known = plan if arch.cc == FITTED else replace(plan, prefetch=0)
+                    allowed.setdefault(known, factor)
             if allowed:
                 return allowed
         return dict.fromkeys(self.general(config, arch), 1.0)

@@ -22,9 +22,9 @@ TOKENS = (2, 4, 6)
 
 def grid(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
     """`configs`, of the manifests, and what these do not name: on the states that they do, drafts
-    in the reference shape and heads of other shapes. Of the gated delta nets, and the convolutions of 16-bit layers, the
-    plainest come first, so that they stand for those that share a key with them. What has a table
-    written by hand is left out."""
+    in the reference shape and heads of other shapes. Of the gated delta nets, and the convolutions
+    of 16-bit layers, the plainest come first, so that they stand for those that share a key with
+    them. What has a table written by hand is left out."""
     given = [c for c in configs if not tables.by_hand(c.family, spec(c.family).dispatch_keys(c))]
     found: list[KernelConfig] = []
     chained: dict[str, Any] = {"pdl": True}

@@ -1,4 +1,4 @@
-"""Plans whose programs ask for what later ones load: the same bits, whatever the later slots are."""
+"""Plans whose programs ask for what later ones load: the same bits, whatever the later slots."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ def test_the_bits_are_those_without(fields, ahead):
         # Padding, which nobody may ask the state of.
         problem.sources[:, 3] = -1
         problem.sources[:, 7] = -(2**31)
-    start, found = problem.pool.clone(), []
+    written = [t for t in (problem.pool, getattr(problem, "scale", None)) if t is not None]
+    start, found = [t.clone() for t in written], []
     for launch in launches:
-        problem.pool.copy_(start)
+        for tensor, before in zip(written, start):
+            tensor.copy_(before)
         launch(0)
         torch.cuda.synchronize()
-        found.append((problem.pool.clone(), problem.arguments(0)["out"].clone()))
+        found.append([t.clone() for t in (*written, problem.arguments(0)["out"])])
     for one, other in zip(*found):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))

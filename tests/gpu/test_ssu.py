@@ -342,8 +342,10 @@ def test_pdl_is_right_behind_a_kernel_that_signals_early(algorithm, state):
     before = make(state, **MAMBA2, packed=True, algorithm=algorithm)
     want = moved(before, "cuda")
     steps = 4
+    # The plan is that of PDL, for the same bits, with nothing left to run beside it.
     for _ in range(steps):
-        ssmgen.selective_state_update(**want.arguments())
+        ssmgen.selective_state_update(**{**want.arguments(), "pdl": True})
+        torch.cuda.synchronize()
     call = moved(before, "cuda")
     good = torch.empty(0, dtype=torch.bfloat16, device="cuda")
     good.set_(call["x"].untyped_storage())

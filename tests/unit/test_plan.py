@@ -594,7 +594,7 @@ def test_programs_that_walk_prefetch_nothing(algorithm):
 
 @pytest.mark.parametrize("ahead", [-1, 2**20 + 1, True, 1.0, "8", None])
 def test_a_distance_is_a_count_of_programs(ahead):
-    with pytest.raises(ConfigError, match="plan.prefetch"):
+    with pytest.raises(ConfigError, match=r"plan\.prefetch"):
         Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1, prefetch=ahead)
 
 

@@ -158,7 +158,7 @@ def test_a_kernel_that_does_not_compile_is_reported_and_stops_no_other(tmp_path)
 
 def test_configs_of_one_key_are_measured_once(tmp_path):
     same = [FP16, FP16.replace(has_z=True), FP16.replace(index_dtype="int32", algorithm="simple")]
-    assert len(cells_of(same, SM_90, None)) == len(SSU.sizes)
+    assert len(cells_of(same, SM_90, None)) == len(SSU.tuned_at(FP16))
     other = [FP16.replace(pdl=True), FP16.replace(dim=128)]
     assert len({c.key for c in cells_of([*same, *other], SM_90, None)}) == 3
 
@@ -268,7 +268,7 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
     cost = secretly(BEST)
     whole = FakeRig(cost)
     full = tune([FP16], whole, tmp_path / "whole", compile=FakeCompiler())
-    assert len(full.cells) == len(SSU.sizes)
+    assert len(full.cells) == len(SSU.tuned_at(FP16))
 
     rig = FakeRig(cost, launches=20000)
     start = rig.now
@@ -284,7 +284,7 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
             break
         report = tune([FP16], rig, tmp_path / "short", compile=FakeCompiler(), budget=30)
     assert not report.missing
-    assert report.measured < len(SSU.sizes) - first + 1
+    assert report.measured < len(SSU.tuned_at(FP16)) - first + 1
     assert len(report.tables) == 1
 
 

@@ -19,8 +19,8 @@ COLUMNS = 128
 # (rows, warps) and (rows, stages, split; one warp) of one token, where no list serves.
 SIMPLE = ((4, 1), (8, 1), (16, 1), (16, 2), (16, 4), (16, 8), (32, 1), (32, 8), (64, 8))
 VERTICAL = ((4, 3, 2), (4, 4, 4), (8, 1, 1), (8, 3, 2), (8, 4, 1))
-# (rows, how many programs ahead; one warp) of one token with a state of 16 bits to nearest: 6 to 8 MB.
-# Of others the memory is as busy without it, or it is not the memory that they wait for.
+# (rows, how many programs ahead; one warp) of one token with a state of 16 bits to nearest: 6 to
+# 8 MB. Of others the memory is as busy without it, or it is not the memory that they wait for.
 PREFETCH = ((8, 4096), (16, 2048), (16, 1536), (32, 768))
 # Of the loop over several tokens: (rows, warps).
 LOOP = ((4, 1), (4, 2), (8, 2), (16, 1), (16, 2), (16, 8))
@@ -125,8 +125,8 @@ def general(config: SsuConfig) -> list[Plan]:
 
 
 def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
-    """Batch x heads at which plans are measured: more than the usual ones for what is asked for most,
-    and where instructions bound a kernel, whose time then goes up in steps, a wave each."""
+    """Batch x heads at which plans are measured: more than the usual ones for what is asked for
+    most, and where instructions bound a kernel, whose time then goes up in steps, a wave each."""
     steps = [128, 256, 512, 1024, 2048]
     more: list[int] = []
     if config.many or config.pdl:
