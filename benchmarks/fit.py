@@ -248,6 +248,8 @@ def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:
         if cells[0][0].many:
             continue
         others = [cell for cell in cells if (cell[0].dim, cell[0].dstate) != shape]
+        if len(others) == len(cells):
+            continue
         listed = Race(others).search(np.random.default_rng(seed))
         for config, heads, times in (cell for cell in cells if cell not in others):
             fits = {family.fit(config, plan, ARCH): factor for plan, factor in reversed(listed)}

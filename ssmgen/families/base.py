@@ -113,8 +113,8 @@ class Family(ABC):
 
     def shortlist(self, config: KernelConfig, arch: Arch) -> Mapping[Plan, float]:
         """The few plans that the cost model chooses among where there is no table, each with a
-        factor on its estimate: those of a measured list, else what the family has for all. How far
-        ahead a plan may prefetch was measured on one GPU, and is left to `ssmgen tune` elsewhere."""
+        factor on its estimate: those of a measured list, else what the family has for all. How
+        far ahead to prefetch was measured on one architecture; elsewhere `ssmgen tune` may tell."""
         for name in self.listings(config):
             listed = tables.shortlist(self.name, name).items()
             allowed: dict[Plan, float] = {}

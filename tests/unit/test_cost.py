@@ -96,19 +96,34 @@ def test_the_fit_reports_what_these_tests_hold():
 
 
 def test_a_list_is_what_its_family_asks_for_and_serves_the_algorithm_that_is_forced():
-    fp16 = KernelConfig(state_dtype="fp16")
+    int8 = KernelConfig(state_dtype="int8")
     ssu = spec("ssu")
-    listed = ssu.shortlist(fp16, SM_90)
-    assert listed == tables.shortlist("ssu", "fp16.nearest")
+    listed = ssu.shortlist(int8, SM_90)
+    assert listed == tables.shortlist("ssu", "int8.nearest")
     assert len(set(listed.values())) > 1
     for algorithm in ("simple", "vertical"):
-        forced = ssu.shortlist(fp16.replace(algorithm=algorithm), SM_90)
+        forced = ssu.shortlist(int8.replace(algorithm=algorithm), SM_90)
         assert forced == {p: f for p, f in listed.items() if p.algorithm == algorithm} != {}
-    assert {p.algorithm for p in ssu.shortlist(fp16.replace(algorithm="horizontal"), SM_90)} == {
+    assert {p.algorithm for p in ssu.shortlist(KernelConfig(algorithm="horizontal", state_dtype="bf16"), SM_90)} == {
         "simple", "vertical", "horizontal"
     }  # fmt: skip
-    tree = fp16.replace(ntokens=3, parents_dtype="int32")
+    tree = int8.replace(ntokens=3, parents_dtype="int32")
     assert set(ssu.shortlist(tree, SM_90).values()) == {1.0}
+
+
+def test_an_untied_state_has_lists_of_its_own_for_one_token():
+    ssu = spec("ssu")
+    one = KernelConfig(tie_hdim=False, dstate=16)
+    assert ssu.shortlist(one, SM_90) == tables.shortlist("ssu", "untied.fp32.nearest") != {}
+    several = one.replace(ntokens=4)
+    assert not tables.shortlist("ssu", ssu.listings(several)[0])
+    assert ssu.shortlist(several, SM_90) == tables.shortlist("ssu", ssu.listings(several)[1]) != {}
+
+
+def test_a_list_s_distance_of_prefetching_holds_where_it_was_measured():
+    config, gdn = KernelConfig(family="gdn", state_dtype="bf16"), spec("gdn")
+    assert any(plan.prefetch for plan in gdn.shortlist(config, SM_90))
+    assert not any(plan.prefetch for plan in gdn.shortlist(config, Arch.of("sm_100")))
 
 
 def test_a_factor_changes_what_is_chosen(hidden, monkeypatch):

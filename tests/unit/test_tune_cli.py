@@ -24,7 +24,7 @@ def usual(config, plan, heads):
 
 
 def one_is_fast(config, plan, heads):
-    return 0.7 * usual(config, plan, heads) if (plan.block_m, plan.num_warps) == (8, 2) else usual(
+    return 0.7 * usual(config, plan, heads) if (plan.block_m, plan.num_warps) == (8, 1) else usual(
         config, plan, heads
     )  # fmt: skip
 

@@ -164,7 +164,7 @@ class Ssu(Family):
         return space.candidates(config)
 
     def listings(self, config: SsuConfig) -> tuple[str, ...]:  # type: ignore[override]
-        return (space.listing(config),)
+        return space.listings(config)
 
     def general(self, config: SsuConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
         return space.general(config)

@@ -12,7 +12,7 @@ from .fit import REFERENCE_DIM, REFERENCE_DSTATE, placeable
 if TYPE_CHECKING:
     from ...plan import Plan
 
-__all__ = ["candidates", "general", "listing", "prefetching", "sizes"]
+__all__ = ["candidates", "general", "listings", "prefetching", "sizes"]
 
 COLUMNS = 128
 
@@ -84,17 +84,20 @@ def prefetching(config: SsuConfig) -> list[Plan]:
     ]
 
 
-def listing(config: SsuConfig) -> str:
-    """The name of the list for a config. There is none for trees and for the matrix form of more
-    than 8 tokens, of which nothing was measured."""
+def listings(config: SsuConfig) -> tuple[str, ...]:
+    """The names of the lists for a config, its own first: untied states of one token have some.
+    There is none for trees and for the matrix form of more than 8 tokens, which were not measured.
+    """
     name = f"{config.state_dtype}.{config.rounding}"
     if config.parents_dtype:
-        return f"{name}.tree"
-    if not config.many:
-        return f"{name}.pdl" if config.pdl else name
-    if config.outside_matrix():
-        return f"{name}.each"
-    return f"{name}.many" if config.ntokens <= 8 else f"{name}.long"
+        name += ".tree"
+    elif not config.many:
+        name += ".pdl" if config.pdl else ""
+    elif config.outside_matrix():
+        name += ".each"
+    else:
+        name += ".many" if config.ntokens <= 8 else ".long"
+    return (name,) if config.tie_hdim else (f"untied.{name}", name)
 
 
 def general(config: SsuConfig) -> list[Plan]:
