@@ -104,7 +104,8 @@ def test_a_list_is_what_its_family_asks_for_and_serves_the_algorithm_that_is_for
     for algorithm in ("simple", "vertical"):
         forced = ssu.shortlist(int8.replace(algorithm=algorithm), SM_90)
         assert forced == {p: f for p, f in listed.items() if p.algorithm == algorithm} != {}
-    assert {p.algorithm for p in ssu.shortlist(KernelConfig(algorithm="horizontal", state_dtype="bf16"), SM_90)} == {
+    unlisted = KernelConfig(state_dtype="bf16", algorithm="horizontal")
+    assert {p.algorithm for p in ssu.shortlist(unlisted, SM_90)} == {
         "simple", "vertical", "horizontal"
     }  # fmt: skip
     tree = int8.replace(ntokens=3, parents_dtype="int32")
