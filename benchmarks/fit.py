@@ -170,7 +170,8 @@ class Race:
         # As plans stand in a list: the first that becomes what raced, in any cell.
         raced: dict[Plan, None] = {}
         for config, _, times in cells:
-            wanted = fitted(config, ARCH, family.candidates(config, ARCH))
+            named = (*family.candidates(config, ARCH), *family.staples(config, ARCH))
+            wanted = fitted(config, ARCH, named)
             raced |= dict.fromkeys(wanted[plan] for plan in times if plan in wanted)
         self.plans = sorted(raced, key=str)
         shape = len(cells), len(self.plans)

@@ -37,8 +37,8 @@ class Plan:
     thread, so that more programs fit. With programmatic dependent launch, an ``early`` plan loads
     the state while the kernel ahead still runs (ssu, gdn), and lets the kernel behind start before
     its own inputs are there (conv1d); one that is not early leaves the memory to the kernel ahead.
-    With ``prefetch`` a program asks for what the program so many further on will load into the L2,
-    so that more of the memory is under way than registers hold.
+    With ``prefetch`` a program has the state that the one so many further on will load brought to
+    the L2, so that more of the memory is under way than registers hold.
     In a ``placed`` plan the source says which thread holds which element (Gluon) and not the
     compiler, so that no vector passes through shared memory.
     """

@@ -40,8 +40,8 @@ def standalone(config: KernelConfig, plan: Plan, arch: Arch, *, interpret: bool 
     if interpret:
         if plan.algorithm == "matrix":
             unsupported("Gluon kernels (algorithm matrix) in the interpreter")
-        # Who holds what means nothing there.
-        plan = dataclasses.replace(plan, placed=False)
+        # Who holds what, and what is on its way, mean nothing there.
+        plan = dataclasses.replace(plan, placed=False, prefetch=0)
         arch = Arch.of(KNOWN[0])
     main = template.render(
         config=config,

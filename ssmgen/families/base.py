@@ -119,9 +119,11 @@ class Family(ABC):
             listed = tables.shortlist(self.name, name).items()
             allowed: dict[Plan, float] = {}
             for plan, factor in listed:
-                if config.algorithm in ("auto", plan.algorithm):
-                    known = plan if arch.cc == FITTED else replace(plan, prefetch=0)
-                    allowed.setdefault(known, factor)
+                if config.algorithm not in ("auto", plan.algorithm):
+                    continue
+                if plan.prefetch and arch.cc != FITTED:
+                    plan, factor = replace(plan, prefetch=0), max(1.0, factor)
+                allowed.setdefault(plan, factor)
             if allowed:
                 return allowed
         return dict.fromkeys(self.general(config, arch), 1.0)

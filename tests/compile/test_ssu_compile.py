@@ -374,3 +374,25 @@ def test_the_manifest_lists_the_arguments_of_the_binary():
     wanted += ["64"] * found.manifest["scratch_pointers"]
     assert [width for width, _ in widths] == wanted
     assert {t.removeprefix("*") for t in types if t.startswith("*")} <= TRITON_TYPES.keys()
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    ("fields", "rows", "size"),
+    [
+        ({"state_dtype": "bf16"}, 16, 16 * 128 * 2),
+        ({"state_dtype": "int16", "dim": 80, "dstate": 96, "has_z": True}, 16, 16 * 96 * 2),
+        ({"family": "gdn", "state_dtype": "bf16", "pdl": True}, 32, 32 * 128 * 2),
+        ({"family": "gdn", "head_k_dim": 96, "index_dtype": None}, 4, 4 * 96 * 4),
+    ],
+    ids=str,
+)
+def test_one_thread_asks_once_for_as_much_as_a_program_loads(arch, fields, rows, size):
+    config = KernelConfig(**fields)
+    plan = Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=1, prefetch=512)
+    plan = spec(config.family).fit(config, plan, Arch.of(arch))
+    found = compiled(config, plan, arch)
+    (line,) = (line for line in found.ptx.splitlines() if "prefetch" in line)
+    asks = rf"@\w+ cp\.async\.bulk\.prefetch\.L2\.global \[%rd\d+\], {size};"
+    assert re.fullmatch(asks, line.strip())
+    assert_within_limits(found)

@@ -64,6 +64,11 @@ GOLDEN = {
         "sm_100",
         {"state_dtype": "fp16", "rounding": "stochastic"},
     ),
+    "ssu_simple_prefetch_bf16_sm_90": (
+        dataclasses.replace(SIMPLE, num_warps=1, prefetch=2048),
+        "sm_90",
+        {"state_dtype": "bf16", "has_dst": True},
+    ),
     "ssu_simple_fp8_sm_80": (SIMPLE, "sm_80", {"state_dtype": "fp8_e4m3fn"}),
     "ssu_simple_mamba1_sm_120": (
         SIMPLE,
@@ -118,6 +123,11 @@ GOLDEN = {
         {"ntokens": 11, "index_dtype": None},
     ),
     "gdn_simple_fp32_sm_90": (GDN, "sm_90", {"family": "gdn", "pdl": True}),
+    "gdn_simple_prefetch_late_sm_120": (
+        dataclasses.replace(GDN, early=False, prefetch=512),
+        "sm_120",
+        {"family": "gdn", "state_dtype": "fp16", "pdl": True, "index_dtype": None},
+    ),
     "gdn_simple_interleaved_tokens_bf16_sm_90": (
         GDN,
         "sm_90",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dispatch_tables import GPU, put
 from hypothesis import given, settings
@@ -572,6 +574,7 @@ def test_a_plan_is_placed_only_where_16_bytes_a_lane_are_all_there_is(fields, se
         ({"family": "gdn", "aligned": False}, "sm_90", False),
         ({"state_dtype": "bf16", "ntokens": 4}, "sm_90", False),
         ({"family": "gdn", "ntokens": 4}, "sm_90", False),
+        ({"family": "gdn", "accepted_dtype": "int32", "has_dst": True}, "sm_90", False),
         ({"family": "gdn", "state_layout": "KV"}, "sm_90", False),  # a tile lies in pieces
     ],
 )
@@ -598,12 +601,44 @@ def test_a_distance_is_a_count_of_programs(ahead):
         Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1, prefetch=ahead)
 
 
-def test_the_tuner_races_plans_that_prefetch_and_writes_how_far():
+@pytest.mark.parametrize("index_dtype", ["int64", None])
+@pytest.mark.parametrize("family", ["ssu", "gdn"])
+def test_what_is_asked_for_is_what_a_later_row_loads(family, index_dtype):
+    config = KernelConfig(family=family, state_dtype="bf16", index_dtype=index_dtype)
+    wanted = Plan(algorithm="simple", block_m=16, block_n=128, num_warps=1, prefetch=512)
+    source = render(config, spec(family).fit(config, wanted, SM_90), SM_90)
+    lines = {line.split(" = ")[0].strip(): line for line in source.splitlines() if " = " in line}
+    # The same address as that of the own tile, of another slot.
+    own = lines["tile"] if family == "gdn" else source[source.index("    tile = ") :]
+    within = (
+        lines["later_state"].split(" = ")[1] + re.search(r"later_state( .*), wanted", source)[1]
+    )
+    head = "state_head_stride" if family == "gdn" else "(DIM * DSTATE)"
+    row = "K" if family == "gdn" else "DSTATE"
+    assert within == f"state + later_slot * state_slot_stride + head * {head} + first * {row}"
+    assert f"head * {head} + first * {row}" in own
+    # Nothing but what is there: a row of the batch, on a slot that is none of padding.
+    assert "(rows_ahead > 0) & (later < tl.num_programs(1))" in source
+    if index_dtype:
+        assert "slots + later * slots_stride, mask=wanted, other=-1" in lines["later_slot"]
+        assert lines["wanted"].endswith("(later_slot >= 0) & (later_slot != pad_slot_id)")
+    else:
+        assert lines["later_slot"].endswith("= later.to(tl.int64)")
+
+
+def test_a_whole_number_of_rows_is_not_one_less():
+    # As the GPU divides: a reciprocal that is rounded, times the distance.
+    for programs in range(1, 5000):
+        for rows in (1, 2, 3, 8):
+            quotient = np.float32(rows * programs + 0.5) * (1 / np.float32(programs))
+            assert int(quotient) == rows
+
+
+def test_the_tuner_races_plans_that_prefetch():
     for fields in ({"state_dtype": "bf16"}, {"family": "gdn"}):
         config = KernelConfig(**fields)
         asking = [p for p in spec(config.family).staples(config, SM_90) if p.prefetch]
         assert asking
-        assert {*asking} <= {*spec(config.family).candidates(config, SM_90)}
         assert f"prefetch={asking[0].prefetch}" in str(asking[0])
-        # To the estimate they are what they would be without.
-        assert not any(p.prefetch for p in spec(config.family).general(config, SM_90))
+        # To the estimate they are what they would be without, and take no places of others.
+        assert not any(p.prefetch for p in spec(config.family).candidates(config, SM_90))

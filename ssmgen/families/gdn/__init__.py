@@ -121,7 +121,7 @@ class Gdn(Family):
             "hardware_rounding": arch.cvt_rs and config.state_dtype in ("fp16", "bf16"),
             "mask_cols": config.head_k_dim != plan.block_n,
             "tiles": config.head_v_dim // plan.block_m,
-            "prefetch_bytes": _tile_bytes(config, plan.block_m),
+            **({"prefetch_bytes": _tile_bytes(config, plan.block_m)} if plan.prefetch else {}),
         }
 
     def dispatch_keys(self, config: GdnConfig) -> tuple[str, ...]:  # type: ignore[override]
@@ -133,17 +133,10 @@ class Gdn(Family):
         # A list for several tokens is worth more than one for PDL.
         return tuple(sorted(self.dispatch_keys(config), key=lambda key: ".many" not in key))
 
-    def candidates(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        return [*super().candidates(config, arch), *self.staples(config, arch)]
-
-    def general(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
-        # The estimate takes those that prefetch for those that do not.
-        return [plan for plan in super().candidates(config, arch) if plan.early]
-
     def staples(self, config: GdnConfig, arch: Arch) -> list[Plan]:  # type: ignore[override]
         from ...plan import Plan
 
-        if config.many or config.state_layout != "VK":
+        if not _beside(config):
             return []
         return [
             Plan(
@@ -174,8 +167,7 @@ class Gdn(Family):
         # With more than 128 elements a thread the state leaves no registers for its products.
         warps = max(warps, block_m * block_n // (32 * 128))
         warps = max(1, min(warps, block_m * block_n // (32 * vector)))
-        beside = config.aligned and config.state_layout == "VK" and not config.many
-        asks = beside and arch.bulk_prefetch and _tile_bytes(config, block_m) % 16 == 0
+        asks = arch.bulk_prefetch and _beside(config) and _tile_bytes(config, block_m) % 16 == 0
         return Plan(
             algorithm="simple",
             block_m=block_m,
@@ -209,6 +201,13 @@ class Gdn(Family):
             "pdl": config.pdl,
             "cache_steps": config.ntokens if config.seqlens_dtype else 0,
         }
+
+
+def _beside(config: GdnConfig) -> bool:
+    """Whether a row is one token, on the slot that its table begins with, and a tile of it lies in
+    one piece: what a program may prefetch for a later one."""
+    one = not (config.many or config.accepted_dtype)
+    return one and config.aligned and config.state_layout == "VK"
 
 
 def _tile_bytes(config: GdnConfig, rows: int) -> int:

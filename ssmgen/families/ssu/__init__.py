@@ -131,7 +131,7 @@ class Ssu(Family):
             "tiles": -(-config.dim // plan.block_m)
             if plan.algorithm in ("simple", "matrix")
             else plan.split,
-            "prefetch_bytes": tile_bytes(config, plan),
+            **({"prefetch_bytes": tile_bytes(config, plan)} if plan.prefetch else {}),
             **(matrix.layouts(config, plan) if plan.algorithm == "matrix" else {}),
             **lanes(plan, ITEMSIZE[config.state_dtype]),
         }

@@ -68,12 +68,12 @@ def candidates(config: SsuConfig) -> list[Plan]:
                 )  # fmt: skip
     if config.many:
         found += _plans("matrix", (16, 32, 64), (COLUMNS,), (1, 2, 4))
-    return found + prefetching(config)
+    return found
 
 
 def prefetching(config: SsuConfig) -> list[Plan]:
-    """Plans whose programs ask for what later ones load: the estimate takes them for those that do
-    not."""
+    """Plans whose programs ask for the state that later ones load. To the estimate they are like
+    those that do not."""
     from ...plan import Plan
 
     if config.many or ITEMSIZE[config.state_dtype] != 2 or config.rounding == "stochastic":
