@@ -31,13 +31,16 @@ Arguments = dict[str, Any]
 
 try:
     from torch._C import _cuda_getCurrentRawStream as _current_stream
+    from torch._C import _cuda_getDevice as _current_device
 except ImportError:  # a torch built without CUDA
+
+    def _current_device() -> int:
+        raise RuntimeError("this torch has no CUDA")
 
     def _current_stream(device: int) -> int:
         raise RuntimeError("this torch has no CUDA")
 
 
-_data_ptr = torch._C.TensorBase.data_ptr
 _library = torch.library.Library("ssmgen", "DEF")
 
 # Layouts kept per thread; beyond it all are forgotten, which costs a check each to come back.
@@ -94,28 +97,17 @@ class Operation:
         """Run on the schema's tensors and switches, in its order."""
         # The dispatcher is there for tracing, modes and subclasses; plain tensors do without.
         # An export that does not trace Python has a mode, for its fake tensors.
-        if (
-            is_dynamo_compiling()
-            or _len_torch_dispatch_stack()
-            or _len_torch_function_stack()
-            or peek_interpreter_stack() is not None
-        ):
+        if is_dynamo_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack():
             self._dispatch(tensors, switches)
             return
         for call in self._seen.recent:
-            addresses = call.addresses(tensors, switches)
-            if addresses is not None:
-                if call.direct and call.device == torch._C._cuda_getDevice():
-                    # Not `launch(stream, *addresses)`: calling an object costs more than both.
-                    stream, launch = _current_stream(call.device), call.launch
-                    launch.fill(*addresses)
-                    launch.start(stream)
-                else:
-                    self._launch(call, addresses, tensors, switches)
+            if call.launched(tensors, switches):
                 return
         for name, tensor in zip(self.tensors, tensors):
             require_tensor(name, tensor)
-        if any(type(tensor) not in _PLAIN for tensor in tensors):
+        # A transform of functorch adds a dispatch key to every tensor: no known call passes.
+        functorch = peek_interpreter_stack() is not None
+        if functorch or any(type(tensor) not in _PLAIN for tensor in tensors):
             self._dispatch(tensors, switches)
         else:
             self._run(tensors, switches)
@@ -128,32 +120,13 @@ class Operation:
             recent = [c for c in self._seen.recent if c is not call]
             if call.guarded(tensors):
                 self._seen.recent = [call, *recent[: RECENT - 1]]
-            self._launch(call, tuple(map(_data_ptr, call.given(tensors))), tensors, switches)
+            call.launch(tensors, switches)
         elif rows.is_cpu:
             with torch.no_grad():
                 self._on_cpu(self._named(tensors, switches), 0 in rows.shape)
         else:
             name = self.tensors[self._rows]
             raise DeviceError(f"{name}: on {rows.device}; allowed: cuda, cpu")
-
-    def _launch(
-        self,
-        call: _Call,
-        addresses: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-        switches: tuple[Any, ...],
-    ) -> None:
-        if call.checked and not torch.cuda.is_current_stream_capturing():
-            assert self._check
-            self._check(self._named(tensors, switches))
-        if call.keep is not None:
-            addresses = tuple(addresses[i] for i in call.keep)
-        device = call.device
-        if device == torch._C._cuda_getDevice():
-            call.launch(_current_stream(device), *addresses)
-        else:
-            with torch.cuda.device(device):
-                call.launch(_current_stream(device), *addresses)
 
     def _on_cpu(self, arguments: Arguments, empty: bool) -> None:
         described = self.layout(**arguments)
@@ -199,18 +172,23 @@ class Operation:
         device = tensors[self._rows].device.index  # type: ignore[union-attr]
         launch = get_kernel(described.config, device=device).launch_for(described)
         at = [i for i, t in enumerate(tensors) if t is not None]
-        used = [self.tensors.index(name) for name in described.tensors]
         return _Call(
             launch=launch,
             device=device,
             switches=switches,
             at=at,
             absent=[i for i, t in enumerate(tensors) if t is None],
-            keep=None if used == at else [at.index(i) for i in used],
-            alignable=[at.index(i) for i in self._aligned if i in at],
+            used=[self.tensors.index(name) for name in described.tensors],
+            alignable=[i for i in self._aligned if i in at],
             aligned=aligned,
-            checked=self._check is not None and settings().check,
+            check=self._read if self._check is not None and settings().check else None,
         )
+
+    def _read(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+        """Check tensors' values, unless a graph is captured, which knows none."""
+        if not torch.cuda.is_current_stream_capturing():
+            assert self._check
+            self._check(self._named(tensors, switches))
 
     def _named(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> Arguments:
         return {**dict(zip(self.tensors, tensors)), **dict(zip(self.switches, switches))}
@@ -239,30 +217,47 @@ class _Seen(threading.local):
 
 
 class _Call:
-    """A layout that was checked: what to launch for it, and how to know it again."""
+    """A layout that was checked: what to launch for it, and how to know it again.
+
+    Args:
+        launch: a `Launch`, or what is like one.
+        at, absent: the places of the tensors that are given, and of those that are not.
+        used: the places of those whose addresses the kernel takes.
+        alignable: the places of those of which an address counts: ``aligned`` or not.
+        check: reads values, or raises, before each launch.
+    """
 
     def __init__(
         self, launch: Any, device: int, switches: tuple[Any, ...], at: list[int],
-        absent: list[int], keep: list[int] | None, alignable: list[int], aligned: bool,
-        checked: bool,
+        absent: list[int], used: list[int], alignable: list[int], aligned: bool,
+        check: Callable[..., None] | None,
     ) -> None:  # fmt: skip
-        self.launch = launch
-        self.device = device
-        self.keep = keep
-        self.checked = checked
-        # Nothing stands between the addresses and the launch.
-        self.direct = keep is None and not checked
+        self._launch = launch
+        self._device = device
+        self._check = check
         self._switches = switches
         self._aligned = aligned
-        self._code = _reader(tuple(at), tuple(absent), tuple(alignable))
-        self.given = _chosen(at)
+        self._used = used
+        self._code = _recall(tuple(at), tuple(absent), tuple(used), tuple(alignable))
+        self._given = _chosen(at)
         self._same: Callable[..., bool] = lambda *tensors: False
-        # Those of the tensors that are given, if they and the switches are this layout, else None.
-        self.addresses: Callable[..., tuple[int, ...] | None] = lambda tensors, switches: None
+        # Launches if the tensors and the switches are this layout; whether they are.
+        self.launched: Callable[..., bool] = lambda tensors, switches: False
+
+    def launch(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+        """Launch with tensors that are of this layout, with what may come before a launch."""
+        if self._check is not None:
+            self._check(tensors, switches)
+        addresses = [tensors[i].data_ptr() for i in self._used]  # type: ignore[union-attr]
+        if self._device == _current_device():
+            self._launch(_current_stream(self._device), *addresses)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(_current_stream(self._device), *addresses)
 
     def guarded(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Have `addresses` know tensors like these; False if it cannot, for one given twice."""
-        given = self.given(tensors)
+        """Have `launched` know tensors like these; False if it cannot, for one given twice."""
+        given = self._given(tensors)
         if len({*map(id, given)}) < len(given):
             return False
         if not self._same(*given):
@@ -274,32 +269,42 @@ class _Call:
                 dynamic_dims_strides=[list(t.stride()) for t in given],  # type: ignore[misc]
             ).check
             names: dict[str, Any] = {
-                "expected": self._switches, "same": self._same, "aligned": self._aligned
+                "expected": self._switches, "same": self._same, "aligned": self._aligned,
+                "device": self._device if self._check is None else None,
+                "current_device": _current_device, "current_stream": _current_stream,
+                "fill": self._launch.fill, "start": self._launch.start, "launch": self.launch,
             }  # fmt: skip
             exec(self._code, names)
-            self.addresses = names.pop("addresses")
+            self.launched = names.pop("launched")
         return True
 
 
 @functools.cache
-def _reader(at: tuple[int, ...], absent: tuple[int, ...], alignable: tuple[int, ...]) -> Any:
-    """The code of ``addresses(tensors, switches)`` for tensors that are given, those that are not,
-    and those of the given of which an address counts. Written out, as most of a call's time goes to
-    it; compiled once for all layouts of such a call, as that takes a quarter of a millisecond."""
-    pointers = [f"p{i}" for i in at]
-    low = " | ".join(pointers[i] for i in alignable) or "0"
+def _recall(
+    at: tuple[int, ...], absent: tuple[int, ...], used: tuple[int, ...], alignable: tuple[int, ...]
+) -> Any:
+    """The code of ``launched(tensors, switches)``, by places as in `_Call`. Written out, as most of
+    a call's time goes to it; compiled once for all layouts of such a call, as that takes a quarter
+    of a millisecond."""
+    low = " | ".join(f"p{i}" for i in alignable) or "0"
     lines = [
-        "def addresses(tensors, switches):",
+        "def launched(tensors, switches):",
         "    if switches != expected:",
-        "        return None",
+        "        return False",
         f"    {', '.join(f't{i}' for i in range(len(at) + len(absent)))} = tensors",
-        *(f"    if t{i} is not None:\n        return None" for i in absent),
+        *(f"    if t{i} is not None:\n        return False" for i in absent),
         f"    if not same({', '.join(f't{i}' for i in at)}):",
-        "        return None",
-        *(f"    p{i} = t{i}.data_ptr()" for i in at),
+        "        return False",
+        *(f"    p{i} = t{i}.data_ptr()" for i in sorted({*used, *alignable})),
         f"    if (({low}) & 15 == 0) is not aligned:",
-        "        return None",
-        f"    return {', '.join(pointers)},",
+        "        return False",
+        # Of a call that is checked `device` is none.
+        "    if current_device() == device:",
+        f"        fill({', '.join(f'p{i}' for i in used)})",
+        "        start(current_stream(device))",
+        "    else:",
+        "        launch(tensors, switches)",
+        "    return True",
     ]
     return compile("\n".join(lines), "<ssmgen layout>", "exec")
 

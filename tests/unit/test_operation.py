@@ -23,6 +23,29 @@ from ssmgen.ops.operation import _Call
 SWITCHES = (True, -1, "auto")
 
 
+class Recorded:
+    """A launch that notes what it was asked for, in order."""
+
+    def __init__(self):
+        self.done = []
+
+    def fill(self, *addresses):
+        self.done.append(("fill", addresses))
+
+    def start(self, stream):
+        self.done.append(("start", stream))
+
+    def __call__(self, stream, *addresses):
+        self.fill(*addresses)
+        self.start(stream)
+
+
+@pytest.fixture(autouse=True)
+def device_0(monkeypatch):
+    monkeypatch.setattr(operation, "_current_device", lambda: 0)
+    monkeypatch.setattr(operation, "_current_stream", lambda device: 70 + device)
+
+
 def tensors():
     """Absent in the second place; the third must be aligned."""
     return (
@@ -33,12 +56,14 @@ def tensors():
     )
 
 
-def call_for(given, *, aligned=True, guarded=True):
+def call_for(given, *, aligned=True, guarded=True, used=None):
     at = [i for i, t in enumerate(given) if t is not None]
+    recorded = Recorded()
     call = _Call(
-        launch=None, device=0, switches=SWITCHES, at=at, absent=[1], keep=None,
-        alignable=[at.index(2)], aligned=aligned, checked=False,
+        launch=recorded, device=0, switches=SWITCHES, at=at, absent=[1],
+        used=at if used is None else used, alignable=[2], aligned=aligned, check=None,
     )  # fmt: skip
+    call.recorded = recorded
     if guarded:
         assert call.guarded(given)
     return call
@@ -53,7 +78,16 @@ def replaced(at, tensor):
 def test_other_tensors_of_the_layout_are_known_by_their_own_addresses():
     call = call_for(tensors())
     others = tensors()
-    assert call.addresses(others, SWITCHES) == tuple(t.data_ptr() for t in others if t is not None)
+    assert call.launched(others, SWITCHES)
+    addresses = tuple(t.data_ptr() for t in others if t is not None)
+    assert call.recorded.done == [("fill", addresses), ("start", 70)]
+
+
+def test_the_kernel_is_given_the_addresses_that_it_takes_in_its_order():
+    call = call_for(tensors(), used=[3, 0])
+    others = tensors()
+    assert call.launched(others, SWITCHES)
+    assert call.recorded.done[0] == ("fill", (others[3].data_ptr(), others[0].data_ptr()))
 
 
 @pytest.mark.parametrize(
@@ -77,20 +111,21 @@ def test_other_tensors_of_the_layout_are_known_by_their_own_addresses():
 )  # fmt: skip
 def test_what_differs_is_not_taken_for_it(other):
     call = call_for(tensors())
-    assert call.addresses(tensors(), SWITCHES) is not None
-    assert call.addresses(other, SWITCHES) is None
+    assert call.launched(tensors(), SWITCHES)
+    assert not call.launched(other, SWITCHES)
+    assert len(call.recorded.done) == 2
 
 
 @pytest.mark.parametrize("switches", [(False, -1, "auto"), (True, 0, "auto"), (True, -1, "simple")])
 def test_other_switches_are_not_taken_for_it(switches):
-    assert call_for(tensors()).addresses(tensors(), switches) is None
+    assert not call_for(tensors()).launched(tensors(), switches)
 
 
 def test_a_layout_of_unaligned_addresses_knows_only_those():
     unaligned = replaced(2, torch.zeros(3 * 16 + 1, dtype=torch.bfloat16)[1:].view(3, 16))
     call = call_for(unaligned, aligned=False)
-    assert call.addresses(unaligned, SWITCHES)
-    assert call.addresses(tensors(), SWITCHES) is None
+    assert call.launched(unaligned, SWITCHES)
+    assert not call.launched(tensors(), SWITCHES)
 
 
 def test_a_call_with_a_tensor_twice_is_left_to_its_full_name():
@@ -98,16 +133,16 @@ def test_a_call_with_a_tensor_twice_is_left_to_its_full_name():
     twice = (first, *tensors()[1:3], first)
     call = call_for(twice, guarded=False)
     assert not call.guarded(twice)
-    assert call.addresses(twice, SWITCHES) is None
+    assert not call.launched(twice, SWITCHES)
 
 
 def test_code_is_compiled_once_for_calls_of_the_same_tensors():
     """It takes as long as thirty calls; that a layout is new it must not show."""
-    operation._reader.cache_clear()
+    operation._recall.cache_clear()
     for rows in range(1, 9):
         given = tuple(t if t is None else torch.zeros(rows, *t.shape[1:]) for t in tensors())
-        assert call_for(given).addresses(given, SWITCHES)
-    assert operation._reader.cache_info().misses == 1
+        assert call_for(given).launched(given, SWITCHES)
+    assert operation._recall.cache_info().misses == 1
 
 
 def test_it_keeps_no_tensor_alive():
@@ -117,24 +152,7 @@ def test_it_keeps_no_tensor_alive():
     del given
     gc.collect()
     assert seen() is None
-    assert call.addresses(tensors(), SWITCHES)
-
-
-class Recorded:
-    """A launch that notes what it was asked for, in order."""
-
-    def __init__(self):
-        self.done = []
-
-    def fill(self, *addresses):
-        self.done.append(("fill", addresses))
-
-    def start(self, stream):
-        self.done.append(("start", stream))
-
-    def __call__(self, stream, *addresses):
-        self.fill(*addresses)
-        self.start(stream)
+    assert call.launched(tensors(), SWITCHES)
 
 
 @pytest.fixture
@@ -143,8 +161,6 @@ def known(monkeypatch):
 
     The tensors are on the CPU: what is not known runs there, and is not recorded.
     """
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(operation, "_current_stream", lambda device: 70 + device)
     monkeypatch.setattr(ssu.operation, "_seen", operation._Seen())
 
     def know(call, *, device=0, unused=(), checked=False):
@@ -158,8 +174,8 @@ def known(monkeypatch):
             launch=launch, device=device,
             switches=tuple(switches[n] for n in ssu.operation.switches), at=at,
             absent=[i for i, t in enumerate(given) if t is None],
-            keep=[at.index(ssu.operation.tensors.index(n)) for n in used] if unused else None,
-            alignable=[], aligned=True, checked=checked,
+            used=[ssu.operation.tensors.index(n) for n in used],
+            alignable=[], aligned=True, check=ssu.operation._read if checked else None,
         )  # fmt: skip
         assert seen.guarded(given)
         ssu.operation._seen.recent = [seen]
