@@ -6,6 +6,7 @@ find none of their states in the L2, if the pool is larger than it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from ..arch import Arch
 from ..config import KernelConfig
 from ..errors import UnsupportedError
 from ..families import spec
+from ..families.base import Layout
 from ..plan import Plan, dispatch
 
 if TYPE_CHECKING:
@@ -71,6 +73,23 @@ class Problem(ABC):
         Shapes, dtypes and strides are the same for every set, and ask for ``config``.
         """
 
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """What the family's contract says of the arguments of any set."""
+        return spec(self.config.family).layout(**self.arguments(0))
+
+    def addresses(self, which: int) -> list[int]:
+        """Those of the tensors of `layout`, on slot set `which`, which are kept."""
+        if which not in self._kept:
+            arguments = self.arguments(which)
+            tensors = [arguments[name] for name in self.layout.tensors]
+            self._kept[which] = tensors, [tensor.data_ptr() for tensor in tensors]
+        return self._kept[which][1]
+
+    @functools.cached_property
+    def _kept(self) -> dict[int, tuple[list[Any], list[int]]]:
+        return {}
+
     @abstractmethod
     def call(self, which: int) -> Callable[[], Any]:
         """The family's op on slot set `which`, as an engine calls it, with its arguments ready."""
@@ -123,18 +142,12 @@ def planned(problem: Problem, function: Function, plan: Plan) -> Launch:
 
     from ..launcher import Launch as KernelLaunch
 
-    family = spec(problem.config.family)
-    layout = family.layout(**problem.arguments(0))
-    grid = family.grid(layout.config, plan, layout.batch, layout.nheads)
+    layout = problem.layout
+    grid = spec(layout.config.family).grid(layout.config, plan, layout.batch, layout.nheads)
     early = layout.config.pdl and Arch.detect(function.device).pdl
     launch = KernelLaunch(function, grid, layout.scalars, early)
-    tensors = []
-    for which in range(problem.sets):
-        arguments = problem.arguments(which)
-        tensors.append([arguments[name] for name in layout.tensors])
-    addresses = [[tensor.data_ptr() for tensor in each] for each in tensors]
 
-    def run(which: int, _kept: object = (problem, tensors)) -> None:
-        launch(current_stream(function.device), *addresses[which])
+    def run(which: int) -> None:
+        launch(current_stream(function.device), *problem.addresses(which))
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..arch import Arch, gpu_name
 from ..config import KernelConfig
 from ..kernel import build
-from ..launcher import load
+from ..launcher import Function, load
 from ..plan import Plan
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "GpuRig", "Rig"]
 
-# Slot sets take turns over so many times the L2, and a graph has at most so many launches: where
-# states are tiny, what is timed are not their bytes.
-POOL, LAUNCHES = 2.5, 1024
+# A graph has so many launches, if the pool has as many slot sets; more where states are so small
+# that these would not go through so many times the L2.
+LAUNCHES, L2S = 256, 2.5
 # Microseconds of a replay that need no other one before it.
 LONG = 2000.0
 
@@ -68,6 +69,8 @@ class GpuRig:
         names = ("gpu", "driver", "torch", "triton", "python", "ssmgen")
         self.identity = {name: here[name] for name in names}
         self._judged: dict[tuple[KernelConfig, Plan], str] = {}
+        # Of the config that was measured last: its sizes follow one another.
+        self._loaded: tuple[KernelConfig | None, dict[Plan, Function]] = (None, {})
         self._warm = False
 
     def clock(self) -> float:
@@ -83,20 +86,20 @@ class GpuRig:
         import torch
 
         from ..bench.chain import in_chain
-        from ..bench.problem import make, planned
+        from ..bench.problem import POOL_BYTES, make, planned
         from ..timing import warm_clocks
 
         if not self._warm:
             warm_clocks()
             self._warm = True
         device = torch.cuda.current_device()
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        pool = int(POOL * cache)
-        problem = make(config, batch, nheads, pool_bytes=pool)
-        placed = in_chain(problem, pool)
+        problem = make(config, batch, nheads)
+        cache = L2S * torch.cuda.get_device_properties(device).L2_cache_size
+        enough = math.ceil(cache / POOL_BYTES * problem.sets)
+        placed = in_chain(problem, POOL_BYTES)
         launches = {}
         for plan in plans:
-            launch = planned(problem, load(build(config, plan, self.arch), device), plan)
+            launch = planned(problem, self._function(config, plan, device), plan)
             # A plan is right or wrong at any size: the first one tells.
             if (config, plan) not in self._judged:
                 self._judged[config, plan] = problem.verify(launch, rows=2)
@@ -104,9 +107,17 @@ class GpuRig:
         wrong = {plan: why for plan in plans if (why := self._judged[config, plan])}
         yield _GpuBench(
             {plan: launch for plan, launch in launches.items() if plan not in wrong},
-            min(problem.sets, LAUNCHES),
+            min(problem.sets, max(LAUNCHES, enough)),
             wrong,
         )
+
+    def _function(self, config: KernelConfig, plan: Plan, device: int) -> Function:
+        if self._loaded[0] != config:
+            self._loaded = config, {}
+        functions = self._loaded[1]
+        if plan not in functions:
+            functions[plan] = load(build(config, plan, self.arch), device)
+        return functions[plan]
 
 
 class _GpuBench:

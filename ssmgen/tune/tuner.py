@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,7 @@ def cells_of(
     for (name, key), config in keys.items():
         choices, guesses = dispatch(config, arch, gpu), modelled(config, arch)
         family = spec(name)
-        wanted = (family.limit(config, size) for size in sizes or family.tuned_at(config))
+        wanted = (_own(family.limit, config, size) for size in sizes or family.tuned_at(config))
         shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
         for batch, nheads in shapes:
             work = batch * nheads
@@ -129,9 +130,17 @@ def cells_of(
     return cells
 
 
+def _own(limit: Callable[[KernelConfig, int], int], config: KernelConfig, size: int) -> int:
+    """About as much of `config` as `size` heads of the reference shape, as a batch has heads: of a
+    power of two the nearest one, and of what is between two of them as far between."""
+    power = 1 << size.bit_length() - 1
+    own = 1 << round(math.log2(limit(config, power)))
+    return max(1, own * size // power)
+
+
 def _shape(heads: int, usual: Sequence[int]) -> tuple[int, int]:
-    """Batch and heads of a size, with heads as models have them."""
-    nheads = next((n for n in usual if heads >= n), heads)
+    """Batch and heads of a size, with heads as models have them: the most that divide it."""
+    nheads = next((n for n in usual if heads % n == 0), heads)
     return heads // nheads, nheads
 
 

@@ -64,8 +64,26 @@ def table_at(out, key="fp16.nearest", gpu=FakeRig.gpu):
 
 
 def heads_of(config):
-    """The sizes of its own; 192 heads are those of a batch of one row of 128."""
-    return sorted({n if n < 128 else n // 128 * 128 for n in SSU.tuned_at(config)})
+    return SSU.tuned_at(config)
+
+
+def test_sizes_of_other_shapes_are_powers_of_two_of_their_own_heads():
+    """A head of 80x128 has 5/4 of the bytes, one of 96x128 3/2, one of 64x256 twice as many."""
+    whole = heads_of(FP16.replace(dim=80))
+    assert [c.heads for c in cells_of([FP16.replace(dim=80)], SM_90, None)] == whole
+    for shape in ({"dim": 96}, {"dstate": 256}):
+        own = [c.heads for c in cells_of([FP16.replace(**shape)], SM_90, None)]
+        assert own == [heads // 2 for heads in whole]
+
+
+def test_heads_are_of_a_layer_where_they_can_be():
+    cells = cells_of(
+        [FP16.replace(state_dtype="int8", rounding="stochastic", philox_rounds=10)], SM_90, None
+    )
+    found = {c.heads: (c.batch, c.nheads) for c in cells}
+    assert found[160] == (10, 16)
+    assert found[192] == (12, 16)
+    assert found[640] == (5, 128)
 
 
 # What it finds
