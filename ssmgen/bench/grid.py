@@ -14,8 +14,8 @@ from ..families.conv1d.config import Conv1dConfig
 from ..families.gdn.config import GdnConfig
 from ..families.ssu.config import SsuConfig
 
-__all__ = ["AXES", "GRIDS", "SECTIONS", "WRITTEN", "Cell", "Grid", "Wanted", "config_of",
-           "gdn_config", "key_heads", "parse_state"]  # fmt: skip
+__all__ = ["AXES", "GRIDS", "ODD_BATCHES", "ODD_HEADS", "ODD_SHAPES", "SECTIONS", "WRITTEN", "Cell",
+           "Grid", "Wanted", "config_of", "gdn_config", "key_heads", "parse_state"]  # fmt: skip
 
 SHAPES = ((128, 64), (16, 64), (128, 80))  # nheads, dim
 STATES = (
@@ -34,6 +34,16 @@ STATES = (
 )
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = (2, 4, 6, 8)
+# Between the points that plans are tuned at: is there a cliff?
+ODD_BATCHES = (3, 7, 24, 37, 96, 200, 600)
+ODD_HEADS = (24, 48, 80)
+ODD_SHAPES: tuple[dict[str, int], ...] = (
+    {},
+    {"dim": 80},
+    {"dim": 96},
+    {"dstate": 96},
+    {"dstate": 256},
+)
 WRITES = ("last only", "every token")
 # As people type them.
 WRITTEN = {"last": WRITES[0], "every": WRITES[1]}
@@ -187,6 +197,21 @@ def tokens(wanted: Wanted) -> list[Cell]:
     return cells
 
 
+def odd(wanted: Wanted) -> list[Cell]:
+    """One token a row, at sizes that nobody tunes for."""
+    quick = wanted.quick
+    states = _pick(wanted.states, ("fp32", "fp16"), ("fp16",) if quick else None)
+    heads = _pick(wanted.heads, ODD_HEADS, ODD_HEADS[1:2] if quick else None)
+    batches = _pick(wanted.batches, ODD_BATCHES, ODD_BATCHES[1::2] if quick else None)
+    cells = []
+    for n, shape, state, batch in itertools.product(heads, ODD_SHAPES, states, batches):
+        config = config_of(state, **shape)
+        key = {"heads": n, "dim": config.dim, "dstate": config.dstate, "state": state,
+               "batch": batch}  # fmt: skip
+        cells.append(Cell(config, batch, n, tuple(key.items())))
+    return cells
+
+
 def scaling(wanted: Wanted) -> list[Cell]:
     """One size varied at a time."""
     states = _pick(wanted.states, ("fp16",), None)
@@ -287,6 +312,13 @@ GRIDS = {
             (", from batch 16 up", lambda cell: cell["batch"] >= 16),
         ),
     ),
+    "odd": Grid(
+        odd,
+        ("heads", "dim", "dstate"),
+        ("state", "batch"),
+        "state",
+        ("heads", "states", "batches"),
+    ),
     "scaling": Grid(scaling, ("axis", "state"), ("value",), "state", ("states",), over="value"),
     "gdn": Grid(
         gdn,
@@ -305,4 +337,4 @@ GRIDS = {
         STEP_MEANS,
     ),
 }
-SECTIONS = ("ssu", "tokens", "gdn", "conv1d", "chain", "host", "jit", "scaling")
+SECTIONS = ("ssu", "tokens", "gdn", "conv1d", "chain", "host", "jit", "odd", "scaling")

@@ -60,6 +60,8 @@ def _picture(grid: Grid, cell: Cell) -> tuple[str, ...]:
             parts.append(f"{cell['k_heads']} key heads")
         elif name == "dim" and "heads" not in grid.group:
             parts.append(f"{cell['dim']} channels")
+        elif name == "dstate":
+            parts.append(f"dstate {cell['dstate']}")
         elif name != "dim":
             parts.append(str(cell[name]))
         elif cell["dim"] != 64:

@@ -35,7 +35,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="SECTION",
-            help="ssu (the default), tokens, gdn, conv1d, chain, host, jit, scaling; or all.",
+            help="ssu (the default), tokens, gdn, conv1d, chain, host, jit, odd, scaling; or all.",
         ),
     ] = None,
     heads: Annotated[
@@ -116,8 +116,9 @@ def bench(
     **gdn**: gated delta nets, one token a row and the verification of drafts. **conv1d**: the
     convolutions ahead of those. **chain**: a convolution and the op after it in one graph, with and
     without programmatic dependent launch. **host**: what calls cost on the CPU. **jit**: what a
-    kernel costs before its first launch; needs no GPU. **scaling**: how the time grows with batch,
-    heads, dim, dstate and tokens.
+    kernel costs before its first launch; needs no GPU. **odd**: batches, heads, dims and dstates
+    between those that plans are tuned at. **scaling**: how the time grows with batch, heads, dim,
+    dstate and tokens.
 
         ssmgen bench --quick
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .. import template
+from ..bench.grid import ODD_BATCHES, ODD_HEADS, ODD_SHAPES
 from ..config import KernelConfig
 from ..errors import ConfigError
 from ..families import spec
@@ -13,17 +14,8 @@ from ..prewarm import Job
 from .rig import Rig
 from .tuner import Cell, Compile, Note, Progress, Report, compile_all, measure_cell, spaces
 
-__all__ = ["BATCHES", "HEADS", "LIMIT", "SHAPES", "check", "odd_cells"]
+__all__ = ["LIMIT", "check", "odd_cells"]
 
-BATCHES = (3, 7, 24, 37, 96, 200, 600)
-HEADS = (24, 48, 80)
-SHAPES: tuple[dict[str, int], ...] = (
-    {},
-    {"dim": 80},
-    {"dim": 96},
-    {"dstate": 96},
-    {"dstate": 256},
-)
 # How far a dispatched plan may be behind the best one.
 LIMIT = 0.05
 
@@ -31,8 +23,8 @@ LIMIT = 0.05
 def odd_cells(
     configs: Iterable[KernelConfig],
     rig: Rig,
-    batches: Sequence[int] = BATCHES,
-    heads: Sequence[int] = HEADS,
+    batches: Sequence[int] = ODD_BATCHES,
+    heads: Sequence[int] = ODD_HEADS,
 ) -> list[Cell]:
     """Cells that no table was measured at: every config in its own shape and, where it has such
     fields, in odd ones, at odd batches and heads."""
@@ -40,7 +32,7 @@ def odd_cells(
     for config in dict.fromkeys(configs):
         if not rig.measures(config.family):
             continue
-        for shape in SHAPES:
+        for shape in ODD_SHAPES:
             try:
                 odd = config.replace(**shape)
             except (ConfigError, TypeError):

@@ -21,7 +21,7 @@ __all__ = ["entrants", "prune"]
 # An estimate may be off by so much; what is slower still at every size is not compiled.
 DOUBT = 1.6
 # The most plans of one config that are compiled, and that enter one race, for their estimate alone.
-COMPILED, ENTRANTS = 18, 8
+COMPILED, ENTRANTS = 14, 5
 
 
 def entrants(

@@ -670,7 +670,7 @@ def test_tokens_and_scaling_have_pictures_of_their_own(tmp_path):
 
 def test_a_section_without_pictures_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(ArgumentValueError, match="allowed: ssu, tokens, scaling"):
+    with pytest.raises(ArgumentValueError, match="allowed: ssu, tokens, odd, scaling"):
         plot(load(RESULTS / "chain-h200.json"), tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_a_table_says_where_it_is_from_and_what_was_measured(tmp_path):
 
 def test_wrong_plans_do_not_race_and_a_wrong_plan_in_use_is_said(tmp_path):
     cost = secretly(BEST)
-    tile = ("simple", 8, 2, True)
+    tile = ("simple", 32, 4, True)
     bad = next(p for p in SSU_PLANS
                if (p.algorithm, p.block_m, p.num_warps, p.evict_first) == tile)  # fmt: skip
     report = run(FakeRig(cost, wrong={bad: "state off by 2"}), tmp_path)

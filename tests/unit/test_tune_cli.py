@@ -99,7 +99,6 @@ def test_check_writes_nothing_and_exits_with_1_if_a_plan_is_behind(gpu, tmp_path
     monkeypatch.chdir(tmp_path)
     from ssmgen.tune import check
 
-    monkeypatch.setattr(check, "BATCHES", (3, 37))
     for name, function in (("odd_cells", check.odd_cells),):
         short = lambda configs, rig: function(configs, rig, (3, 37), (24,))  # noqa: E731, B023
         monkeypatch.setattr(check, name, short)

@@ -135,7 +135,7 @@ def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
     if config.many or config.pdl:
         pass
     elif config.tie_hdim and ITEMSIZE[config.state_dtype] == 1 and config.rounding == "stochastic":
-        more = [96, *(n * step // 4 for step in steps for n in (5, 6))]
+        more = [96, *(n * step // 8 for step in steps for n in range(9, 16))]
     elif (config.dim, config.dstate) == (REFERENCE_DIM, REFERENCE_DSTATE):
         more = [96, *(3 * step // 2 for step in steps[:-1])]
     return sorted({*usual, *more})
