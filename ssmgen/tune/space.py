@@ -22,6 +22,8 @@ __all__ = ["entrants", "prune"]
 DOUBT = 1.6
 # The most plans of one config that are compiled, and that enter one race, for their estimate alone.
 COMPILED, ENTRANTS = 14, 5
+# How many of those that were the fastest at the sizes next to one enter its race.
+AROUND = 8
 
 
 def entrants(
@@ -49,13 +51,15 @@ def _staples(config: KernelConfig, arch: Arch) -> dict[Plan, Plan]:
 
 def prune(
     config: KernelConfig, arch: Arch, size: int, built: Mapping[Plan, Mapping[str, Any]],
-    present: Plan, *others: Plan,
+    present: Plan, *others: Plan, around: Sequence[Plan] = (),
 ) -> tuple[list[Plan], dict[Plan, str]]:  # fmt: skip
     """Of `built`, plans and their manifests, those to race at `size`, the one in use first; and why
-    not the rest. Of `others`, and of the family's staples, the estimate is not asked.
+    not the rest.
 
     A plan goes that no multiprocessor can hold, that spills registers, or whose estimate with the
-    registers and shared memory it really has is hopeless.
+    registers and shared memory it really has is hopeless; of `others`, and of the family's staples,
+    the estimate is not asked. With `around`, the plans that were the fastest next to this size, the
+    first first, only those and `others` stay.
     """
     family = spec(config.family)
     works: dict[Plan, Work] = {}
@@ -77,11 +81,16 @@ def prune(
                 out[plan] = f"spills {manifest['spills']} bytes"
                 continue
         works[plan] = work
-    best = _places(works, arch, [size])
-    chosen = [plan for plan in best if plan != present][:ENTRANTS]
-    sure = dict.fromkeys([*others, *_staples(config, arch)])
-    chosen += [plan for plan in sure if plan in works and plan not in (present, *chosen)]
-    out |= {p: "estimated to be slow" for p in works if p != present and p not in chosen}
+    why = "slow at the sizes around" if around else "estimated to be slow"
+    sure = [*others]
+    if around:
+        chosen = [plan for plan in around if plan in works and plan != present][:AROUND]
+    else:
+        best = _places(works, arch, [size])
+        chosen = [plan for plan in best if plan != present][:ENTRANTS]
+        sure += _staples(config, arch)
+    chosen += [p for p in dict.fromkeys(sure) if p in works and p not in (present, *chosen)]
+    out |= {p: why for p in works if p != present and p not in chosen}
     return [present, *chosen], out
 
 

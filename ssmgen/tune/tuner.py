@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def cells_of(
     gpu: str | None,
     sizes: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """The cells of `configs`: of those that share a key the first stands for all.
+    """The cells of `configs`: of those that share a key the first stands for all. Of a key those of
+    a power of two come first: what races between them is told by those.
 
     `sizes` are batch x heads of the family's reference shape; None: those the family names.
     """
@@ -120,7 +121,8 @@ def cells_of(
     for (name, key), config in keys.items():
         choices, guesses = dispatch(config, arch, gpu), modelled(config, arch)
         family = spec(name)
-        wanted = (_own(family.limit, config, size) for size in sizes or family.tuned_at(config))
+        ordered = sorted(sizes or family.tuned_at(config), key=lambda n: (n & (n - 1) > 0, n))
+        wanted = (_own(family.limit, config, size) for size in ordered)
         shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
         for batch, nheads in shapes:
             work = batch * nheads
@@ -240,6 +242,11 @@ def _measure(
     for key, job in jobs.items():
         if "error" in built[key]:
             report.failed.append({"kernel": str(job), "error": built[key]["error"]})
+    measured: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        others = measured.setdefault((cell.config.family, cell.key), {})
+        if cell not in todo:
+            others[cell.heads] = journal.cells[str(cell)]
     for done, cell in enumerate(todo):
         left = end - rig.clock()
         if left <= 0:
@@ -252,10 +259,12 @@ def _measure(
         }
         record = None
         if cell.present in ready:
-            record = measure_cell(rig, cell, ready, left / (len(todo) - done))
+            around = _around(cell.heads, measured[cell.config.family, cell.key])
+            record = measure_cell(rig, cell, ready, left / (len(todo) - done), around)
         if record is None:
             report.failed.append({"kernel": str(cell), "error": "the plan in use failed"})
             continue
+        measured[cell.config.family, cell.key][cell.heads] = record
         record["kernels"] = _digest(cell, plans[cell.config], rig.arch)
         for standing in record["standings"]:
             wanted = plans[cell.config][Plan(**standing["plan"])]
@@ -264,13 +273,35 @@ def _measure(
         report.measured += 1
 
 
+def _around(heads: int, measured: Mapping[int, dict[str, Any]]) -> list[Plan]:
+    """The plans that raced at the sizes next to one, from the best place at either; none if these
+    are more than an octave apart."""
+    below = max((size for size in measured if size < heads), default=0)
+    above = min((size for size in measured if size > heads), default=0)
+    if not 0 < above <= 2 * below:
+        return []
+    best: dict[Plan, float] = {}
+    for record in (measured[below], measured[above]):
+        first = min(standing["ratio"] for standing in record["standings"])
+        for standing in record["standings"]:
+            plan, behind = Plan(**standing["plan"]), standing["ratio"] / first
+            best[plan] = min(best.get(plan, behind), behind)
+    return sorted(best, key=best.__getitem__)
+
+
 def measure_cell(
-    rig: Rig, cell: Cell, built: dict[Plan, dict[str, Any]], seconds: float
+    rig: Rig,
+    cell: Cell,
+    built: dict[Plan, dict[str, Any]],
+    seconds: float,
+    around: Sequence[Plan] = (),
 ) -> dict[str, Any] | None:
-    """Race the plans of one cell, for `seconds` with what it takes to load them: a record of plain
-    data; None if the plan in use is wrong."""
+    """Race the plans of one cell, of which `around` were the fastest next to it, if that is known,
+    for `seconds` with what it takes to load them: a record of plain data; None if the plan in use
+    is wrong."""
     start = rig.clock()
-    chosen, out = prune(cell.config, rig.arch, cell.heads, built, *_wanted([cell]))
+    wanted = _wanted([cell])
+    chosen, out = prune(cell.config, rig.arch, cell.heads, built, *wanted, around=around)
     with rig.open(cell.config, cell.batch, cell.nheads, chosen) as bench:
         if cell.present in bench.wrong:
             return None

@@ -18,7 +18,7 @@ from ssmgen.plan import dispatch
 from ssmgen.tune import Progress, tune
 from ssmgen.tune.check import LIMIT, check, odd_cells
 from ssmgen.tune.journal import Journal
-from ssmgen.tune.space import COMPILED, ENTRANTS, entrants, prune
+from ssmgen.tune.space import AROUND, COMPILED, ENTRANTS, entrants, prune
 from ssmgen.tune.table import rows_of
 from ssmgen.tune.tuner import cells_of
 
@@ -64,16 +64,17 @@ def table_at(out, key="fp16.nearest", gpu=FakeRig.gpu):
 
 
 def heads_of(config):
-    return SSU.tuned_at(config)
+    """The powers of two come first."""
+    sizes = SSU.tuned_at(config)
+    return [n for n in sizes if n.bit_count() == 1] + [n for n in sizes if n.bit_count() > 1]
 
 
 def test_sizes_of_other_shapes_are_powers_of_two_of_their_own_heads():
     """A head of 80x128 has 5/4 of the bytes, one of 96x128 3/2, one of 64x256 twice as many."""
-    whole = heads_of(FP16.replace(dim=80))
-    assert [c.heads for c in cells_of([FP16.replace(dim=80)], SM_90, None)] == whole
-    for shape in ({"dim": 96}, {"dstate": 256}):
+    whole = heads_of(FP16)
+    for shape, part in (({"dim": 80}, 1), ({"dim": 96}, 2), ({"dstate": 256}, 2)):
         own = [c.heads for c in cells_of([FP16.replace(**shape)], SM_90, None)]
-        assert own == [heads // 2 for heads in whole]
+        assert own == [heads // part for heads in whole]
 
 
 def test_heads_are_of_a_layer_where_they_can_be():
@@ -82,7 +83,7 @@ def test_heads_are_of_a_layer_where_they_can_be():
     )
     found = {c.heads: (c.batch, c.nheads) for c in cells}
     assert found[160] == (10, 16)
-    assert found[192] == (12, 16)
+    assert found[144] == (9, 16)
     assert found[640] == (5, 128)
 
 
@@ -282,6 +283,28 @@ def test_a_race_has_few_entrants():
     assert staples <= {*chosen}
     assert len(chosen) <= ENTRANTS + len(staples) + 1
     assert SSU_PLANS[-1] in chosen
+
+
+def test_between_two_sizes_those_race_that_were_fast_at_either(tmp_path):
+    sizes = (192, 128, 256, 16384, 3000)
+    report = tune([FP16], FakeRig(secretly(BEST)), tmp_path, sizes=sizes, compile=FakeCompiler(),
+                  budget=60)  # fmt: skip
+    cells = {cell["batch"] * cell["nheads"]: cell for cell in report.cells}
+    assert list(cells) == [128, 256, 16384, 192, 3000]
+    ratios = {}
+    for heads in (128, 256):
+        for standing in cells[heads]["standings"]:
+            plan = Plan(**standing["plan"])
+            ratios[plan] = min(standing["ratio"], ratios.get(plan, 9))
+    ranked = sorted(ratios, key=ratios.__getitem__)
+    raced = {Plan(**s["plan"]) for s in cells[192]["standings"]}
+    use = {Plan(**cells[192][name]) for name in ("present", "modelled")}
+    assert {*ranked[: AROUND // 2]} - use <= raced
+    assert raced - use <= {*ranked[: AROUND + 2]}
+    assert len(raced) <= AROUND + len(use) < len(ratios)
+    assert {why["why"] for why in cells[192]["left_out"]} == {"slow at the sizes around"}
+    # More than an octave lies between those around this one.
+    assert len(cells[3000]["standings"]) > AROUND + 2
 
 
 # Time

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .config import ITEMSIZE, SsuConfig
-from .fit import REFERENCE_DIM, REFERENCE_DSTATE, placeable
+from .fit import placeable
 
 if TYPE_CHECKING:
     from ...plan import Plan
@@ -128,14 +128,12 @@ def general(config: SsuConfig) -> list[Plan]:
 
 
 def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
-    """Batch x heads at which plans are measured: more than the usual ones for what is asked for
-    most, and where instructions bound a kernel, whose time then goes up in steps, a wave each."""
-    steps = [128, 256, 512, 1024, 2048]
-    more: list[int] = []
-    if config.many or config.pdl:
-        pass
-    elif config.tie_hdim and ITEMSIZE[config.state_dtype] == 1 and config.rounding == "stochastic":
-        more = [96, *(n * step // 8 for step in steps for n in range(9, 16))]
-    elif (config.dim, config.dstate) == (REFERENCE_DIM, REFERENCE_DSTATE):
-        more = [96, *(3 * step // 2 for step in steps[:-1])]
-    return sorted({*usual, *more})
+    """Batch x heads at which plans are measured: more than the usual ones for one token, where a
+    launch is a few waves of programs, and more again where it is instructions that bound it, and
+    its time goes up in steps."""
+    if config.many or config.pdl or not config.tie_hdim:
+        return sorted(usual)
+    memory = config.rounding == "nearest" and not config.state_scale_t
+    eighths = (9, 12) if memory else (9, 10, 12, 14)
+    more = [n * step // 8 for step in (128, 256, 512, 1024, 2048, 4096) for n in eighths]
+    return sorted({*usual, 96, *more})
