@@ -29,8 +29,8 @@ __all__ = [
 # The architecture of the GPU whose times the constants were found from.
 FITTED = 90
 
-# Registers of a multiprocessor: 64K of 32 bits, on every architecture here.
-REGISTERS = 65536
+# A multiprocessor has four parts, each with 16K registers of 32 bits, on every architecture here.
+PARTS, REGISTERS = 4, 16384
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def resident(work: Work, arch: Arch) -> Any:
     """Programs that one multiprocessor holds at a time; 0 if none fits."""
     machine = MACHINES[arch.cc]
     registers = _up(work.registers / 8) * 8
-    found = _least(machine.programs, machine.warps / work.warps)
-    found = _least(found, REGISTERS / (registers * 32 * work.warps))
+    # A warp has all of its registers in one part.
+    warps = _least(machine.warps, PARTS * (REGISTERS / (registers * 32) // 1))
+    found = _least(machine.programs, warps / work.warps)
     # A kilobyte of a program's shared memory is the system's.
     found = _least(found, (arch.shared_memory + 1024) / (work.shared + 1024))
     return found // 1

@@ -16,6 +16,7 @@ class FakeRig:
     comes Ctrl-C."""
 
     gpu = "NVIDIA Pretend 9000"
+    multiprocessors = 132
 
     def __init__(self, cost, *, noise=0.01, drift=0.05, launches=100, stop=math.inf, seed=0,
                  arch="sm_90", wrong=None, blind=()):  # fmt: skip

@@ -41,6 +41,7 @@ class Rig(Protocol):
 
     arch: Arch
     gpu: str
+    multiprocessors: int
     identity: dict[str, Any]
 
     def clock(self) -> float:
@@ -61,10 +62,14 @@ class GpuRig:
     """The current CUDA device."""
 
     def __init__(self) -> None:
+        import torch
+
         from ..bench.session import environment
 
         self.arch = Arch.detect()
         self.gpu = gpu_name(None)
+        self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.multiprocessors = self._properties.multi_processor_count
         here = environment()
         names = ("gpu", "driver", "torch", "triton", "python", "ssmgen")
         self.identity = {name: here[name] for name in names}
@@ -94,8 +99,7 @@ class GpuRig:
             self._warm = True
         device = torch.cuda.current_device()
         problem = make(config, batch, nheads)
-        cache = L2S * torch.cuda.get_device_properties(device).L2_cache_size
-        enough = math.ceil(cache / POOL_BYTES * problem.sets)
+        enough = math.ceil(L2S * self._properties.L2_cache_size / POOL_BYTES * problem.sets)
         placed = in_chain(problem, POOL_BYTES)
         launches = {}
         for plan in plans:

@@ -16,7 +16,7 @@ from ..cost import Work, estimate, resident
 from ..families import spec
 from ..plan import Plan, fitted
 
-__all__ = ["entrants", "prune"]
+__all__ = ["compiled", "entrants", "prune", "wave"]
 
 # An estimate may be off by so much; what is slower still at every size is not compiled.
 DOUBT = 1.6
@@ -61,16 +61,10 @@ def prune(
     the estimate is not asked. With `around`, the plans that were the fastest next to this size, the
     first first, only those and `others` stay.
     """
-    family = spec(config.family)
     works: dict[Plan, Work] = {}
     out: dict[Plan, str] = {}
     for plan, manifest in built.items():
-        work = family.work(config, plan)
-        work = dataclasses.replace(
-            work,
-            registers=manifest["registers"] or work.registers,
-            shared=manifest["shared"],
-        )
+        work = compiled(config, plan, manifest)
         if plan != present:
             if resident(work, arch) < 1:
                 out[plan] = (
@@ -92,6 +86,18 @@ def prune(
     chosen += [p for p in dict.fromkeys(sure) if p in works and p not in (present, *chosen)]
     out |= {p: why for p in works if p != present and p not in chosen}
     return [present, *chosen], out
+
+
+def compiled(config: KernelConfig, plan: Plan, manifest: Mapping[str, Any]) -> Work:
+    """What a plan makes a program do, with the registers and shared memory it really has."""
+    work = spec(config.family).work(config, plan)
+    registers = manifest["registers"] or work.registers
+    return dataclasses.replace(work, registers=registers, shared=manifest["shared"])
+
+
+def wave(work: Work, arch: Arch, multiprocessors: int) -> int:
+    """As many heads as fill so many multiprocessors once."""
+    return int(multiprocessors * resident(work, arch) / work.programs)
 
 
 def _places(works: Mapping[Plan, Work], arch: Arch, sizes: Sequence[int]) -> list[Plan]:

@@ -22,6 +22,8 @@ __all__ = ["rows_of", "table_text", "write_tables"]
 
 # What neighbouring sizes may lose by sharing a plan, however noisy they were.
 SLACK = 0.005
+# Beyond so many waves one more is no step.
+WAVES = 4
 
 
 def write_tables(
@@ -64,7 +66,6 @@ def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The buckets of one key's records: neighbouring sizes share the plan that won at one of them
     if it is within the noise of the best at the others; a limit lies between measured sizes."""
     records = sorted(records, key=lambda r: r["batch"] * r["nheads"])
-    heads = [_reference(r) for r in records]
     winners = [next(s for s in r["standings"] if s["plan"] == r["winner"]) for r in records]
     eligible = {canonical_json(winner["table"]) for winner in winners}
     cells: list[dict[str, float]] = []
@@ -77,20 +78,43 @@ def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = cover(cells, [min(SLACK, record["noise"]) for record in records])
     rows: list[dict[str, Any]] = []
     for i, (plan, record) in enumerate(zip(chosen, records)):
-        us = next(s["us"] for s in record["standings"] if canonical_json(s["table"]) == plan)
+        standing = _of(record, plan)
+        at = str(_reference(record, _heads(record)))
         if i and chosen[i - 1] == plan:
-            rows[-1]["us"][str(heads[i])] = us
+            rows[-1]["us"][at] = standing["us"]
         else:
             if rows:
-                rows[-1] = {"up_to_heads": between(heads[i - 1], heads[i]), **rows[-1]}
-            rows.append({"plan": _short(plan), "us": {str(heads[i]): us}})
+                rows[-1] = {"up_to_heads": _limit(records[i - 1], chosen[i - 1], record)} | rows[-1]
+            rows.append({"plan": _short(plan), "us": {at: standing["us"]}})
     return rows
 
 
-def _reference(record: dict[str, Any]) -> int:
-    """A record's size in heads of the family's reference shape: the least whose limit is it."""
+def _heads(record: dict[str, Any]) -> int:
+    return record["batch"] * record["nheads"]
+
+
+def _of(record: dict[str, Any], plan: str) -> dict[str, Any]:
+    """The standing of a plan of the table."""
+    return next(s for s in record["standings"] if canonical_json(s["table"]) == plan)
+
+
+def _limit(record: dict[str, Any], plan: str, following: dict[str, Any]) -> int:
+    """Up to which size a plan serves that was chosen at one, and another at the next: to the end of
+    the wave of programs that it was measured in, if that lies between them and they are no more
+    than an octave apart, else half-way."""
+    low, high = _heads(record), _heads(following)
+    wave = _of(record, plan).get("wave", 0)
+    end = -(-low // wave) * wave if wave else high
+    if end < high <= 2 * low <= 2 * WAVES * wave:
+        return _reference(record, end + 1) - 1
+    return between(_reference(record, low), _reference(following, high))
+
+
+def _reference(record: dict[str, Any], heads: int) -> int:
+    """So many heads of a record's config in heads of its family's reference shape: the least size
+    whose limit is not below."""
     config = KernelConfig.from_json(record["config"])
-    family, heads = spec(record["family"]), record["batch"] * record["nheads"]
+    family = spec(record["family"])
     low, high = 1, 1
     while family.limit(config, high) < heads:
         low, high = high, 2 * high

@@ -411,7 +411,7 @@ def test_another_template_or_plan_in_use_is_measured_anew(tmp_path, monkeypatch)
 # Buckets
 
 
-def record(heads, times, winner=None, noise=0.01, rounds=8):
+def record(heads, times, winner=None, noise=0.01, rounds=8, wave=0):
     best = min(times.values())
     plans = {n: {"algorithm": "simple", "block_m": n, "block_n": 128, "num_warps": 1}
              for n in times}  # fmt: skip
@@ -421,7 +421,7 @@ def record(heads, times, winner=None, noise=0.01, rounds=8):
         "winner": plans[winner or min(times, key=times.get)],
         "standings": [
             {"plan": plans[n], "table": Plan(**plans[n]).fields(), "us": us, "ratio": us / best,
-             "rounds": rounds}
+             "rounds": rounds, "wave": wave}
             for n, us in times.items()
         ],
     }  # fmt: skip
@@ -449,6 +449,31 @@ def test_noise_never_excuses_more_than_two_percent():
 def test_the_plan_in_use_holds_its_bucket_within_the_noise():
     cells = [record(100, {4: 1.0, 8: 1.04}, winner=8, noise=0.05), record(400, {8: 1.0, 4: 1.2})]
     assert [row["plan"]["block_m"] for row in rows_of(cells)] == [8]
+
+
+@pytest.mark.parametrize(
+    ("wave", "limit"),
+    [(528, 528), (176, 528), (120, 627), (1000, 627), (512, 512)],
+    ids=["in its first wave", "in its third", "in its fifth", "that ends later", "at its end"],
+)
+def test_a_plan_serves_up_to_the_end_of_a_wave(wave, limit):
+    """With a program more it takes another one, which shows where there are few."""
+    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, wave=wave), record(768, {4: 1.1, 8: 1.0})])
+    assert rows[0]["up_to_heads"] == limit
+
+
+def test_of_sizes_far_apart_the_first_wave_says_nothing():
+    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, wave=528), record(2048, {4: 1.1, 8: 1.0})])
+    assert rows[0]["up_to_heads"] == 1024
+
+
+def test_the_end_of_a_wave_is_one_of_the_config_s_own_heads():
+    own = FP16.replace(dstate=256)
+    cells = [record(256, {4: 1.0, 8: 1.1}, wave=264), record(384, {4: 1.1, 8: 1.0})]
+    rows = rows_of([{**cell, "config": own.to_json()} for cell in cells])
+    limit = rows[0]["up_to_heads"]
+    assert SSU.limit(own, limit) == 264
+    assert SSU.limit(own, limit + 1) > 264
 
 
 # No cliff
