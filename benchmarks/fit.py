@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -239,10 +240,14 @@ def by_list(data: dict[str, Any], family: str) -> dict[str, list[Any]]:
 def lists(data: dict[str, Any], family: str, seed: int) -> dict[str, list[tuple[Plan, float]]]:
     """The lists of a family, by their names."""
     found = by_list(data, family)
-    return {
-        name: Race(found[name]).search(np.random.default_rng(seed), STARTS)
-        for name in sorted(found)
-    }
+    names = sorted(found)
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        cells, seeds = (found[name] for name in names), (seed for _ in names)
+        return dict(zip(names, pool.map(_searched, cells, seeds)))
+
+
+def _searched(cells: list[Any], seed: int) -> list[tuple[Plan, float]]:
+    return Race(cells).search(np.random.default_rng(seed), STARTS)
 
 
 def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:

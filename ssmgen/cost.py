@@ -23,6 +23,7 @@ __all__ = [
     "Machine",
     "Work",
     "estimate",
+    "evenly",
     "resident",
 ]
 
@@ -85,16 +86,16 @@ class Constants:
     much of its last wave a launch waits for), ``serial`` and ``overlap`` (what of the lesser of
     memory and issue shows in one wave, and how fast that goes with more)."""
 
-    launch: float = 0.86
-    program: float = 0.000241
-    wait: float = 0.808
-    tile: float = 0.239
-    tile_ahead: float = 0.0591
-    dependent: float = 0.00153
-    hiding: float = 2.41
-    tail: float = 1.4
-    serial: float = 0.0371
-    overlap: float = 0.0927
+    launch: float = 1.1
+    program: float = 0.000285
+    wait: float = 0.221
+    tile: float = 0.214
+    tile_ahead: float = 0.023
+    dependent: float = 0.00164
+    hiding: float = 2.58
+    tail: float = 0.948
+    serial: float = 0.0244
+    overlap: float = 4.44e-05
 
 
 CONSTANTS = Constants()
@@ -125,12 +126,19 @@ def resident(work: Work, arch: Arch) -> Any:
     return found // 1
 
 
+def evenly(work: Work) -> Any:
+    """Programs that give each part of a multiprocessor as many warps: with one more, one of them
+    has more to issue than the others."""
+    return _most(1, PARTS / work.warps)
+
+
 def estimate(work: Work, arch: Arch, c: Constants = CONSTANTS) -> Callable[[Any], Any]:
     """A function of batch x heads: the microseconds of one launch."""
     machine = MACHINES[arch.cc]
     at_once = machine.sms * _most(resident(work, arch), 1)
     issued = work.programs * work.warps * (work.prologue + work.steps * work.instructions)
-    issued = issued / (4 * machine.sms * machine.clock)
+    issued = issued / (PARTS * machine.sms * machine.clock)
+    fill = machine.sms * evenly(work)
     moved = work.bytes / machine.bandwidth
     busy = c.dependent * work.instructions
     between = busy + c.tile + work.ahead * (c.tile_ahead - c.tile)
@@ -142,7 +150,7 @@ def estimate(work: Work, arch: Arch, c: Constants = CONSTANTS) -> Callable[[Any]
         waves = programs / at_once
         last = (_up(waves) - waves) * _least(1, 1 / waves)
         more = _most(1, waves + c.tail * last) - 1
-        share = programs / machine.sms
+        share = programs / fill
         issue = issued * heads * _least(4, _up(share) / share)
         memory = moved * heads
         hidden = (

@@ -318,6 +318,7 @@ GRIDS = {
         ("state", "batch"),
         "state",
         ("heads", "states", "batches"),
+        (("", lambda cell: True),),
     ),
     "scaling": Grid(scaling, ("axis", "state"), ("value",), "state", ("states",), over="value"),
     "gdn": Grid(

@@ -184,6 +184,8 @@ def _title(named: dict[str, Any]) -> str:
         return f"{named['k_heads']} key heads, {named['heads']} value heads"
     if named.get("dim", 64) != 64:
         title += f", dim {named['dim']}"
+    if named.get("dstate", 128) != 128:
+        title += f", dstate {named['dstate']}"
     return title + (f", {named['writes']}" if "writes" in named else "")
 
 

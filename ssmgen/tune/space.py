@@ -12,11 +12,11 @@ from typing import Any
 
 from ..arch import Arch
 from ..config import KernelConfig
-from ..cost import Work, estimate, resident
+from ..cost import Work, estimate, evenly, resident
 from ..families import spec
 from ..plan import Plan, fitted
 
-__all__ = ["compiled", "entrants", "prune", "wave"]
+__all__ = ["entrants", "fill", "prune"]
 
 # An estimate may be off by so much; what is slower still at every size is not compiled.
 DOUBT = 1.6
@@ -61,10 +61,13 @@ def prune(
     the estimate is not asked. With `around`, the plans that were the fastest next to this size, the
     first first, only those and `others` stay.
     """
+    family = spec(config.family)
     works: dict[Plan, Work] = {}
     out: dict[Plan, str] = {}
     for plan, manifest in built.items():
-        work = compiled(config, plan, manifest)
+        work = family.work(config, plan)
+        registers = manifest["registers"] or work.registers
+        work = dataclasses.replace(work, registers=registers, shared=manifest["shared"])
         if plan != present:
             if resident(work, arch) < 1:
                 out[plan] = (
@@ -88,16 +91,10 @@ def prune(
     return [present, *chosen], out
 
 
-def compiled(config: KernelConfig, plan: Plan, manifest: Mapping[str, Any]) -> Work:
-    """What a plan makes a program do, with the registers and shared memory it really has."""
+def fill(config: KernelConfig, plan: Plan, multiprocessors: int) -> int:
+    """As many heads as give every part of so many multiprocessors one program, or as many warps."""
     work = spec(config.family).work(config, plan)
-    registers = manifest["registers"] or work.registers
-    return dataclasses.replace(work, registers=registers, shared=manifest["shared"])
-
-
-def wave(work: Work, arch: Arch, multiprocessors: int) -> int:
-    """As many heads as fill so many multiprocessors once."""
-    return int(multiprocessors * resident(work, arch) / work.programs)
+    return int(multiprocessors * evenly(work) / work.programs)
 
 
 def _places(works: Mapping[Plan, Work], arch: Arch, sizes: Sequence[int]) -> list[Plan]:

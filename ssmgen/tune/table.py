@@ -22,8 +22,8 @@ __all__ = ["rows_of", "table_text", "write_tables"]
 
 # What neighbouring sizes may lose by sharing a plan, however noisy they were.
 SLACK = 0.005
-# Beyond so many waves one more is no step.
-WAVES = 4
+# Beyond so many programs for each part of a multiprocessor one more is no step.
+FILLS = 8
 
 
 def write_tables(
@@ -99,13 +99,13 @@ def _of(record: dict[str, Any], plan: str) -> dict[str, Any]:
 
 
 def _limit(record: dict[str, Any], plan: str, following: dict[str, Any]) -> int:
-    """Up to which size a plan serves that was chosen at one, and another at the next: to the end of
-    the wave of programs that it was measured in, if that lies between them and they are no more
-    than an octave apart, else half-way."""
+    """Up to which size a plan serves that was chosen at one, and another at the next: to where its
+    programs fill the GPU evenly, if that lies between them and they are no more than an octave
+    apart, else half-way. With a program more one part of the GPU has more to do than the others."""
     low, high = _heads(record), _heads(following)
-    wave = _of(record, plan).get("wave", 0)
-    end = -(-low // wave) * wave if wave else high
-    if end < high <= 2 * low <= 2 * WAVES * wave:
+    fill = _of(record, plan).get("fill", 0)
+    end = -(-low // fill) * fill if fill else high
+    if end < high <= 2 * low <= 2 * FILLS * fill:
         return _reference(record, end + 1) - 1
     return between(_reference(record, low), _reference(following, high))
 

@@ -19,7 +19,7 @@ from ..prewarm import Event, Job, compile_jobs
 from .journal import Journal
 from .race import Outcome, race
 from .rig import Rig
-from .space import compiled, entrants, prune, wave
+from .space import entrants, fill, prune
 from .table import write_tables
 
 __all__ = [
@@ -309,10 +309,7 @@ def measure_cell(
         left = max(LEAST, seconds - (rig.clock() - start))
         outcome = race(chosen, cell.present, bench.round, seconds=left, clock=rig.clock)
     why = {plan: f"wrong: {text}" for plan, text in bench.wrong.items()} | out
-    waves = {
-        plan: wave(compiled(cell.config, plan, built[plan]), rig.arch, rig.multiprocessors)
-        for plan in chosen
-    }
+    fills = {plan: fill(cell.config, plan, rig.multiprocessors) for plan in chosen}
     return {
         "cell": str(cell),
         "family": cell.config.family,
@@ -321,13 +318,13 @@ def measure_cell(
         "batch": cell.batch,
         "nheads": cell.nheads,
         "seconds": round(rig.clock() - start, 3),
-        **_plain(outcome, waves),
+        **_plain(outcome, fills),
         "modelled": cell.modelled and cell.modelled.fields(),
         "left_out": [{"plan": plan.fields(), "why": text} for plan, text in why.items()],
     }
 
 
-def _plain(outcome: Outcome[Plan], waves: Mapping[Plan, int]) -> dict[str, Any]:
+def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, int]) -> dict[str, Any]:
     return {
         "winner": outcome.winner.fields(),
         "present": outcome.present.fields(),
@@ -342,7 +339,7 @@ def _plain(outcome: Outcome[Plan], waves: Mapping[Plan, int]) -> dict[str, Any]:
                 "rounds": s.rounds,
                 "ratio": round(s.ratio, 5),
                 "error": round(s.error, 5),
-                "wave": waves[s.entrant],
+                "fill": fills[s.entrant],
             }
             for s in outcome.standings
         ],

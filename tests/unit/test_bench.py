@@ -101,6 +101,28 @@ def test_scaling_varies_one_size_at_a_time():
         assert sum(len({s[i] for s in sizes}) > 1 for i in range(5)) == 1
 
 
+def test_odd_has_no_size_that_a_table_was_measured_at():
+    cells = GRIDS["odd"].cells(Wanted())
+    shapes = {(cell.config.dim, cell.config.dstate) for cell in cells}
+    assert shapes == {(64, 128), (80, 128), (96, 128), (64, 96), (64, 256)}
+    assert len({cell.key for cell in cells}) == len(cells) == 2 * 5 * 3 * 7
+    assert not any((cell.batch * cell.nheads).bit_count() == 1 for cell in cells)
+
+
+def test_tables_and_pictures_of_odd_say_the_shape(tmp_path):
+    cells = [
+        {**cell(batch, 2.0, ssmgen=4.0), "heads": 24, "dstate": dstate}
+        for dstate in (128, 256)
+        for batch in (3, 7)
+    ]
+    result = {**result_of(cells), "section": "odd"}
+    assert [table.title for table in tables(result)] == ["24 heads", "24 heads, dstate 256"]
+    pytest.importorskip("matplotlib")
+    assert [path.name for path in plot(result, tmp_path)] == [
+        "odd-t9-24-heads-dstate-128-fp32.png", "odd-t9-24-heads-dstate-256-fp32.png"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_quick_is_a_small_part_of_the_grid(name):
     whole = {cell.key for cell in GRIDS[name].cells(Wanted())}

@@ -168,6 +168,7 @@ RESULTS = {
     ("docs/performance.md", "gdn"): (["gdn-h200.json"], ["--heads", "32,8"]),
     ("docs/performance.md", "conv1d"): (["conv1d-h200.json"], ["--dims", "8192,2048"]),
     ("docs/performance.md", "chain"): (["chain-h200.json"], []),
+    ("docs/performance.md", "odd"): (["odd-h200.json"], ["--heads", "48"]),
     ("docs/performance.md", "scaling"): (["scaling-h200.json"], []),
 }
 

@@ -18,7 +18,7 @@ from ssmgen.plan import dispatch
 from ssmgen.tune import Progress, tune
 from ssmgen.tune.check import LIMIT, check, odd_cells
 from ssmgen.tune.journal import Journal
-from ssmgen.tune.space import AROUND, COMPILED, ENTRANTS, entrants, prune
+from ssmgen.tune.space import AROUND, COMPILED, ENTRANTS, entrants, fill, prune
 from ssmgen.tune.table import rows_of
 from ssmgen.tune.tuner import cells_of
 
@@ -411,7 +411,7 @@ def test_another_template_or_plan_in_use_is_measured_anew(tmp_path, monkeypatch)
 # Buckets
 
 
-def record(heads, times, winner=None, noise=0.01, rounds=8, wave=0):
+def record(heads, times, winner=None, noise=0.01, rounds=8, fill=0):
     best = min(times.values())
     plans = {n: {"algorithm": "simple", "block_m": n, "block_n": 128, "num_warps": 1}
              for n in times}  # fmt: skip
@@ -421,7 +421,7 @@ def record(heads, times, winner=None, noise=0.01, rounds=8, wave=0):
         "winner": plans[winner or min(times, key=times.get)],
         "standings": [
             {"plan": plans[n], "table": Plan(**plans[n]).fields(), "us": us, "ratio": us / best,
-             "rounds": rounds, "wave": wave}
+             "rounds": rounds, "fill": fill}
             for n, us in times.items()
         ],
     }  # fmt: skip
@@ -452,28 +452,39 @@ def test_the_plan_in_use_holds_its_bucket_within_the_noise():
 
 
 @pytest.mark.parametrize(
-    ("wave", "limit"),
-    [(528, 528), (176, 528), (120, 627), (1000, 627), (512, 512)],
-    ids=["in its first wave", "in its third", "in its fifth", "that ends later", "at its end"],
+    ("fill", "limit"),
+    [(528, 528), (132, 528), (60, 627), (1000, 627), (512, 512)],
+    ids=["one each", "four each", "nine each", "that ends later", "at its end"],
 )
-def test_a_plan_serves_up_to_the_end_of_a_wave(wave, limit):
-    """With a program more it takes another one, which shows where there are few."""
-    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, wave=wave), record(768, {4: 1.1, 8: 1.0})])
+def test_a_plan_serves_to_where_its_programs_fill_the_gpu_evenly(fill, limit):
+    """With a program more one part of it has more to do, which shows where there are few."""
+    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, fill=fill), record(768, {4: 1.1, 8: 1.0})])
     assert rows[0]["up_to_heads"] == limit
 
 
-def test_of_sizes_far_apart_the_first_wave_says_nothing():
-    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, wave=528), record(2048, {4: 1.1, 8: 1.0})])
+def test_of_sizes_far_apart_that_says_nothing():
+    rows = rows_of([record(512, {4: 1.0, 8: 1.1}, fill=528), record(2048, {4: 1.1, 8: 1.0})])
     assert rows[0]["up_to_heads"] == 1024
 
 
-def test_the_end_of_a_wave_is_one_of_the_config_s_own_heads():
+def test_where_they_do_is_counted_in_the_config_s_own_heads():
     own = FP16.replace(dstate=256)
-    cells = [record(256, {4: 1.0, 8: 1.1}, wave=264), record(384, {4: 1.1, 8: 1.0})]
+    cells = [record(256, {4: 1.0, 8: 1.1}, fill=264), record(384, {4: 1.1, 8: 1.0})]
     rows = rows_of([{**cell, "config": own.to_json()} for cell in cells])
     limit = rows[0]["up_to_heads"]
     assert SSU.limit(own, limit) == 264
     assert SSU.limit(own, limit + 1) > 264
+
+
+@pytest.mark.parametrize(
+    ("tile", "heads"),
+    [((64, 1), 528), ((64, 2), 264), ((64, 8), 132), ((16, 1), 132), ((16, 4), 33)],
+    ids=str,
+)
+def test_so_many_heads_give_each_part_of_a_multiprocessor_one_program(tile, heads):
+    rows, warps = tile
+    plan = Plan(algorithm="simple", block_m=rows, block_n=128, num_warps=warps)
+    assert fill(FP16, plan, 132) == heads
 
 
 # No cliff

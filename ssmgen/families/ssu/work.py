@@ -28,19 +28,19 @@ class Counts:
     form, for each 8 tokens. ``bits`` and ``turn`` are registers an element more, where rounding is
     stochastic and where a loop takes two turns at once."""
 
-    prologue: float = 86.4
-    column: float = 14.3
-    element: float = 6.3
-    token: float = 1.49
-    again: float = 127.0
-    across: float = 8.74
-    scaled: float = 1.23
-    stochastic: float = 3.41
-    round: float = 0.584
-    row: float = 39.5
-    matrix: float = 7.37
-    bits: float = 0.538
-    turn: float = 0.0803
+    prologue: float = 67.9
+    column: float = 14.6
+    element: float = 3.3
+    token: float = 3.07
+    again: float = 125.0
+    across: float = 0.502
+    scaled: float = 0.328
+    stochastic: float = 4.35
+    round: float = 0.554
+    row: float = 52.3
+    matrix: float = 9.73
+    bits: float = 1.39
+    turn: float = 0.0537
 
 
 COUNTS = Counts()
