@@ -82,20 +82,17 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Constants:
-    """Microseconds, but for ``hiding`` (the exponent of the mean; more hides better), ``tail`` (how
-    much of its last wave a launch waits for), ``serial`` and ``overlap`` (what of the lesser of
-    memory and issue shows in one wave, and how fast that goes with more)."""
+    """Microseconds, but for ``hiding`` (the exponent of the mean; more hides better) and ``tail``
+    (how much of its last wave a launch waits for)."""
 
-    launch: float = 1.1
-    program: float = 0.000285
-    wait: float = 0.221
-    tile: float = 0.214
-    tile_ahead: float = 0.023
-    dependent: float = 0.00164
-    hiding: float = 2.58
-    tail: float = 0.948
-    serial: float = 0.0244
-    overlap: float = 4.44e-05
+    launch: float = 1.31
+    program: float = 0.000155
+    wait: float = 0.161
+    tile: float = 0.363
+    tile_ahead: float = 0.00593
+    dependent: float = 0.00171
+    hiding: float = 1.91
+    tail: float = 1.25
 
 
 CONSTANTS = Constants()
@@ -159,7 +156,6 @@ def estimate(work: Work, arch: Arch, c: Constants = CONSTANTS) -> Callable[[Any]
             + (more * waiting) ** power
             + (c.program * programs) ** power
         ) ** (1 / power)
-        shown = c.serial * _least(memory, issue) / (1 + c.overlap * waves)
-        return c.launch + waiting + hidden + shown
+        return c.launch + waiting + hidden
 
     return microseconds

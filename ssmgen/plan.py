@@ -117,7 +117,9 @@ class Choice:
 
 # What the cost model is trusted to tell apart: where its constants were measured, and elsewhere,
 # where a smaller estimated gain is not worth one more kernel to compile.
-TRUST, TRUST_ELSEWHERE = 0.005, 0.05
+TRUST, TRUST_ELSEWHERE = 0.001, 0.05
+# A family's sizes times these, in eighths, are those at which estimates are compared.
+EIGHTHS = (8, 10, 12, 14)
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:
@@ -191,7 +193,8 @@ def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
         (factors[wanted], estimate(family.work(config, plan), arch))
         for plan, wanted in plans.items()
     ]
-    sizes = [family.limit(config, size) for size in family.sizes]
+    between_them = (size * eighths // 8 for size in family.sizes for eighths in EIGHTHS)
+    sizes = sorted({family.limit(config, size) for size in between_them})
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]
     trust = TRUST if arch.cc == FITTED else TRUST_ELSEWHERE

@@ -14,7 +14,7 @@ import pytest
 
 from ssmgen import Arch, KernelConfig, Plan, tables
 from ssmgen.arch import KNOWN
-from ssmgen.cost import MACHINES, Work, estimate, resident
+from ssmgen.cost import MACHINES, Work, estimate, evenly, resident
 from ssmgen.families import spec
 from ssmgen.plan import dispatch
 
@@ -53,7 +53,7 @@ def losses_of(family, file="plans-shipped-h200.json"):
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "share"), [("ssu", 1600, 0.05), ("gdn", 99, 0.02), ("conv1d", 24, 0)]
+    ("family", "cells", "share"), [("ssu", 3278, 0.03), ("gdn", 99, 0), ("conv1d", 24, 0)]
 )
 def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     hidden, family, cells, share
@@ -61,17 +61,17 @@ def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     losses = losses_of(family)
     assert len(losses) >= cells
     assert sum(loss > LOSS for loss in losses.values()) <= share * len(losses)
-    assert max(loss for loss in losses.values() if loss < float("inf")) < 0.3
+    assert max(loss for loss in losses.values() if loss < float("inf")) < 0.35
     assert statistics.median(losses.values()) < 0.02
 
 
 def test_at_odd_sizes_and_shapes_it_is_seldom_far_behind(hidden):
     losses = losses_of("ssu", "plans-odd-h200.json")
     raced = [loss for loss in losses.values() if loss < float("inf")]
-    assert len(losses) == 315
-    assert len(raced) > 0.9 * len(losses)
-    assert sum(loss > LOSS for loss in raced) <= 0.08 * len(raced)
-    assert max(raced) < 0.2
+    assert len(losses) == 735
+    assert len(raced) > 0.99 * len(losses)
+    assert sum(loss > LOSS for loss in raced) <= 0.01 * len(raced)
+    assert max(raced) < 0.15
 
 
 def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
@@ -80,9 +80,9 @@ def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
     found = re.search(r"(\d+) cells: .*, (\d+) above 10%, (\d+) of a plan", done.stdout)
     assert found
     cells, behind, unknown = map(int, found.groups())
-    assert cells == 319
-    assert behind <= 0.03 * cells
-    assert unknown <= 0.03 * cells
+    assert cells == 611
+    assert behind <= 0.05 * cells
+    assert unknown <= 0.01 * cells
 
 
 def test_the_fit_reports_what_these_tests_hold():
@@ -91,7 +91,7 @@ def test_the_fit_reports_what_these_tests_hold():
     above = re.findall(r"^(\w+) (\d+) cells.*, (\d+) above 10%, (\d+) of", done.stdout, flags=re.M)
     assert [family for family, *_ in above] == ["ssu", "gdn", "conv1d"]
     (_, cells, *worse), *others = above
-    assert sum(map(int, worse)) <= 0.05 * int(cells)
+    assert sum(map(int, worse)) <= 0.02 * int(cells)
     assert all(found[2:] == ("0", "0") for found in others)
 
 
@@ -173,6 +173,21 @@ def test_a_program_that_does_not_fit_is_not_resident():
     assert resident(dataclasses.replace(SMALL, warps=16, registers=255), arch) == 0
     assert resident(dataclasses.replace(SMALL, shared=arch.shared_memory + 1), arch) == 0
     assert resident(dataclasses.replace(SMALL, shared=arch.shared_memory), arch) == 1
+
+
+@pytest.mark.parametrize(("registers", "programs"), [(64, 32), (72, 28), (80, 24), (96, 20)])
+def test_a_warp_has_its_registers_in_one_part_of_a_multiprocessor(registers, programs):
+    """Of 64K registers, 25 warps could have 80 each, but of each of four 16K six."""
+    assert resident(dataclasses.replace(SMALL, registers=registers), SM_90) == programs
+
+
+@pytest.mark.parametrize(("warps", "even"), [(1, 4), (2, 2), (4, 1), (8, 1)])
+def test_a_program_more_than_fill_the_gpu_evenly_is_a_step(warps, even):
+    work = Work(programs=1, warps=warps, bytes=1, registers=32, prologue=0, instructions=10_000)
+    assert evenly(work) == even
+    cost, full = estimate(work, SM_90), even * MACHINES[90].sms
+    assert cost(full + 1) > 1.15 * cost(full)
+    assert cost(2 * full) < 1.01 * cost(full + 1)
 
 
 def test_every_architecture_has_a_machine():

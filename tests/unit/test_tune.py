@@ -233,7 +233,7 @@ def test_another_family_is_tuned_at_sizes_of_its_own(tmp_path, monkeypatch):
 
 
 def test_candidates_are_pruned_by_estimate_but_never_the_plan_in_use():
-    slow = Plan(algorithm="vertical", block_m=4, block_n=128, num_warps=2, num_stages=4)
+    slow = Plan(algorithm="vertical", block_m=4, block_n=128, num_warps=1, num_stages=2)
     kept = entrants(FP16, SM_90, FEW, [slow])
     assert slow in kept
     assert slow not in entrants(FP16, SM_90, FEW, [])

@@ -26,17 +26,17 @@ class Counts:
     each of its rounds. ``held`` is registers an element, and ``rounded`` more of them when rounding
     is stochastic."""
 
-    prologue: float = 67.2
-    token: float = 96.7
-    across: float = 58.7
-    column: float = 11.7
-    element: float = 2.88
-    row: float = 33.0
-    store: float = 0.357
-    stochastic: float = 16.7
-    round: float = 0.331
-    held: float = 1.35
-    rounded: float = 1.11
+    prologue: float = 194.0
+    token: float = 12.2
+    across: float = 123.0
+    column: float = 7.78
+    element: float = 5.52
+    row: float = 10.4
+    store: float = 0.01
+    stochastic: float = 10.9
+    round: float = 0.33
+    held: float = 1.14
+    rounded: float = 0.5
 
 
 COUNTS = Counts()
