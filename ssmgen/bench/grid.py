@@ -34,7 +34,7 @@ STATES = (
 )
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = (2, 4, 6, 8)
-# Between the points that plans are tuned at: is there a cliff?
+# None of these is a size that ``ssmgen tune`` measures at by itself: is there a cliff between them?
 ODD_BATCHES = (3, 7, 24, 37, 96, 200, 600)
 ODD_HEADS = (24, 48, 80)
 ODD_SHAPES: tuple[dict[str, int], ...] = (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arch import Arch
 from ..config import KernelConfig
-from ..errors import UnsupportedError
+from ..errors import ArgumentValueError, UnsupportedError
 from ..families import spec
 from ..families.base import Layout
 from ..plan import Plan, dispatch
@@ -143,6 +143,11 @@ def planned(problem: Problem, function: Function, plan: Plan) -> Launch:
     from ..launcher import Launch as KernelLaunch
 
     layout = problem.layout
+    if layout.config.key_fields() != problem.config.key_fields():
+        raise ArgumentValueError(
+            f"problem: {problem.batch} rows of {problem.nheads} heads ask for another config than "
+            f"{problem.config}"
+        )
     grid = spec(layout.config.family).grid(layout.config, plan, layout.batch, layout.nheads)
     early = layout.config.pdl and Arch.detect(function.device).pdl
     launch = KernelLaunch(function, grid, layout.scalars, early)

@@ -232,28 +232,19 @@ class _Call:
         absent: list[int], used: list[int], alignable: list[int], aligned: bool,
         check: Callable[..., None] | None,
     ) -> None:  # fmt: skip
-        self._launch = launch
-        self._device = device
-        self._check = check
-        self._switches = switches
-        self._aligned = aligned
-        self._used = used
         self._code = _recall(tuple(at), tuple(absent), tuple(used), tuple(alignable))
         self._given = _chosen(at)
         self._same: Callable[..., bool] = lambda *tensors: False
+        # Launches with tensors that are of this layout, after what may have to come before.
+        self.launch = _with_care(launch, device, used, check)
         # Launches if the tensors and the switches are this layout; whether they are.
         self.launched: Callable[..., bool] = lambda tensors, switches: False
-
-    def launch(self, tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
-        """Launch with tensors that are of this layout, with what may come before a launch."""
-        if self._check is not None:
-            self._check(tensors, switches)
-        addresses = [tensors[i].data_ptr() for i in self._used]  # type: ignore[union-attr]
-        if self._device == _current_device():
-            self._launch(_current_stream(self._device), *addresses)
-        else:
-            with torch.cuda.device(self._device):
-                self._launch(_current_stream(self._device), *addresses)
+        # What `launched` has. None of it leads back here: this goes when nothing else holds it.
+        self._names: dict[str, Any] = {
+            "expected": switches, "aligned": aligned, "device": device if check is None else None,
+            "current_device": _current_device, "current_stream": _current_stream,
+            "fill": launch.fill, "start": launch.start, "launch": self.launch,
+        }  # fmt: skip
 
     def guarded(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Have `launched` know tensors like these; False if it cannot, for one given twice."""
@@ -268,15 +259,26 @@ class _Call:
                 dynamic_dims_sizes=[list(t.shape) for t in given],  # type: ignore[misc]
                 dynamic_dims_strides=[list(t.stride()) for t in given],  # type: ignore[misc]
             ).check
-            names: dict[str, Any] = {
-                "expected": self._switches, "same": self._same, "aligned": self._aligned,
-                "device": self._device if self._check is None else None,
-                "current_device": _current_device, "current_stream": _current_stream,
-                "fill": self._launch.fill, "start": self._launch.start, "launch": self.launch,
-            }  # fmt: skip
+            names = {**self._names, "same": self._same}
             exec(self._code, names)
             self.launched = names.pop("launched")
         return True
+
+
+def _with_care(
+    launch: Any, device: int, used: list[int], check: Callable[..., None] | None
+) -> Callable[[tuple[Tensor | None, ...], tuple[Any, ...]], None]:
+    def run(tensors: tuple[Tensor | None, ...], switches: tuple[Any, ...]) -> None:
+        if check is not None:
+            check(tensors, switches)
+        addresses = [tensors[i].data_ptr() for i in used]  # type: ignore[union-attr]
+        if device == _current_device():
+            launch(_current_stream(device), *addresses)
+        else:
+            with torch.cuda.device(device):
+                launch(_current_stream(device), *addresses)
+
+    return run
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 
 __all__ = ["Journal"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Journal:

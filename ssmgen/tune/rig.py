@@ -99,7 +99,8 @@ class GpuRig:
             self._warm = True
         device = torch.cuda.current_device()
         problem = make(config, batch, nheads)
-        enough = math.ceil(L2S * self._properties.L2_cache_size / POOL_BYTES * problem.sets)
+        states = problem.bytes / (1 + problem.times)
+        enough = math.ceil(L2S * self._properties.L2_cache_size / states)
         placed = in_chain(problem, POOL_BYTES)
         launches = {}
         for plan in plans:

@@ -78,7 +78,7 @@ def prune(
                 out[plan] = f"spills {manifest['spills']} bytes"
                 continue
         works[plan] = work
-    why = "slow at the sizes around" if around else "estimated to be slow"
+    why = "not among the fastest at the sizes around" if around else "estimated to be slow"
     sure = [*others]
     if around:
         chosen = [plan for plan in around if plan in works and plan != present][:AROUND]
@@ -91,10 +91,10 @@ def prune(
     return [present, *chosen], out
 
 
-def fill(config: KernelConfig, plan: Plan, multiprocessors: int) -> int:
+def fill(config: KernelConfig, plan: Plan, multiprocessors: int) -> float:
     """As many heads as give every part of so many multiprocessors one program, or as many warps."""
     work = spec(config.family).work(config, plan)
-    return int(multiprocessors * evenly(work) / work.programs)
+    return multiprocessors * evenly(work) / work.programs
 
 
 def _places(works: Mapping[Plan, Work], arch: Arch, sizes: Sequence[int]) -> list[Plan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..plan import Plan
 if TYPE_CHECKING:
     from .tuner import Cell, Report
 
-__all__ = ["rows_of", "table_text", "write_tables"]
+__all__ = ["reference", "rows_of", "table_text", "write_tables"]
 
 # What neighbouring sizes may lose by sharing a plan, however noisy they were.
 SLACK = 0.005
@@ -79,7 +80,7 @@ def rows_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i, (plan, record) in enumerate(zip(chosen, records)):
         standing = _of(record, plan)
-        at = str(_reference(record, _heads(record)))
+        at = str(_reference(record))
         if i and chosen[i - 1] == plan:
             rows[-1]["us"][at] = standing["us"]
         else:
@@ -103,18 +104,23 @@ def _limit(record: dict[str, Any], plan: str, following: dict[str, Any]) -> int:
     programs fill the GPU evenly, if that lies between them and they are no more than an octave
     apart, else half-way. With a program more one part of the GPU has more to do than the others."""
     low, high = _heads(record), _heads(following)
-    fill = _of(record, plan).get("fill", 0)
-    end = -(-low // fill) * fill if fill else high
+    fill = _of(record, plan)["fill"]
+    end = int(math.ceil(low / fill - 1e-9) * fill + 1e-9)
+    least = _reference(record)
     if end < high <= 2 * low <= 2 * FILLS * fill:
-        return _reference(record, end + 1) - 1
-    return between(_reference(record, low), _reference(following, high))
+        config = KernelConfig.from_json(record["config"])
+        return max(least, reference(config, end + 1) - 1)
+    return between(least, _reference(following))
 
 
-def _reference(record: dict[str, Any], heads: int) -> int:
-    """So many heads of a record's config in heads of its family's reference shape: the least size
-    whose limit is not below."""
-    config = KernelConfig.from_json(record["config"])
-    family = spec(record["family"])
+def _reference(record: dict[str, Any]) -> int:
+    return reference(KernelConfig.from_json(record["config"]), _heads(record))
+
+
+def reference(config: KernelConfig, heads: int) -> int:
+    """So many heads of a config in heads of its family's reference shape: the least size whose
+    limit is not below."""
+    family = spec(config.family)
     low, high = 1, 1
     while family.limit(config, high) < heads:
         low, high = high, 2 * high

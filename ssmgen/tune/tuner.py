@@ -20,7 +20,7 @@ from .journal import Journal
 from .race import Outcome, race
 from .rig import Rig
 from .space import entrants, fill, prune
-from .table import write_tables
+from .table import reference, write_tables
 
 __all__ = [
     "Cell",
@@ -121,10 +121,13 @@ def cells_of(
     for (name, key), config in keys.items():
         choices, guesses = dispatch(config, arch, gpu), modelled(config, arch)
         family = spec(name)
-        ordered = sorted(sizes or family.tuned_at(config), key=lambda n: (n & (n - 1) > 0, n))
-        wanted = (_own(family.limit, config, size) for size in ordered)
-        shapes = dict.fromkeys(_shape(heads, family.heads) for heads in wanted)
-        for batch, nheads in shapes:
+        ordered = sorted(sizes or family.tuned_at(config), key=lambda n: (n.bit_count() > 1, n))
+        # A table tells sizes apart by heads of the reference shape.
+        shapes: dict[int, tuple[int, int]] = {}
+        for size in ordered:
+            batch, nheads = _shape(_own(family.limit, config, size), family.heads)
+            shapes.setdefault(reference(config, batch * nheads), (batch, nheads))
+        for batch, nheads in shapes.values():
             work = batch * nheads
             plan = next(c.plan for c in choices if c.limit is None or work <= c.limit)
             guess = next(p for limit, p in guesses if limit is None or work <= limit)
@@ -141,7 +144,9 @@ def _own(limit: Callable[[KernelConfig, int], int], config: KernelConfig, size: 
 
 
 def _shape(heads: int, usual: Sequence[int]) -> tuple[int, int]:
-    """Batch and heads of a size, with heads as models have them: the most that divide it."""
+    """Batch and heads of a size, with heads as models have them: the most that divide it, else one
+    row of all; of channels whole 64."""
+    heads -= heads % max(1, usual[-1] // 16)
     nheads = next((n for n in usual if heads % n == 0), heads)
     return heads // nheads, nheads
 
@@ -243,9 +248,10 @@ def _measure(
         if "error" in built[key]:
             report.failed.append({"kernel": str(job), "error": built[key]["error"]})
     measured: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    waiting = set(todo)
     for cell in cells:
         others = measured.setdefault((cell.config.family, cell.key), {})
-        if cell not in todo:
+        if cell not in waiting:
             others[cell.heads] = journal.cells[str(cell)]
     for done, cell in enumerate(todo):
         left = end - rig.clock()
@@ -274,8 +280,10 @@ def _measure(
 
 
 def _around(heads: int, measured: Mapping[int, dict[str, Any]]) -> list[Plan]:
-    """The plans that raced at the sizes next to one, from the best place at either; none if these
-    are more than an octave apart."""
+    """The plans that raced at the sizes next to one, from the best place at either; none for a
+    power of two, or if these are more than an octave apart."""
+    if heads.bit_count() == 1:
+        return []
     below = max((size for size in measured if size < heads), default=0)
     above = min((size for size in measured if size > heads), default=0)
     if not 0 < above <= 2 * below:
@@ -324,7 +332,7 @@ def measure_cell(
     }
 
 
-def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, int]) -> dict[str, Any]:
+def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, float]) -> dict[str, Any]:
     return {
         "winner": outcome.winner.fields(),
         "present": outcome.present.fields(),
@@ -339,7 +347,7 @@ def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, int]) -> dict[str, Any]:
                 "rounds": s.rounds,
                 "ratio": round(s.ratio, 5),
                 "error": round(s.error, 5),
-                "fill": fills[s.entrant],
+                "fill": round(fills[s.entrant], 3),
             }
             for s in outcome.standings
         ],

@@ -101,12 +101,13 @@ def test_scaling_varies_one_size_at_a_time():
         assert sum(len({s[i] for s in sizes}) > 1 for i in range(5)) == 1
 
 
-def test_odd_has_no_size_that_a_table_was_measured_at():
+def test_odd_is_every_batch_and_heads_in_five_shapes():
     cells = GRIDS["odd"].cells(Wanted())
     shapes = {(cell.config.dim, cell.config.dstate) for cell in cells}
     assert shapes == {(64, 128), (80, 128), (96, 128), (64, 96), (64, 256)}
     assert len({cell.key for cell in cells}) == len(cells) == 2 * 5 * 3 * 7
-    assert not any((cell.batch * cell.nheads).bit_count() == 1 for cell in cells)
+    assert {cell.batch for cell in cells} == {3, 7, 24, 37, 96, 200, 600}
+    assert {cell.nheads for cell in cells} == {24, 48, 80}
 
 
 def test_tables_and_pictures_of_odd_say_the_shape(tmp_path):

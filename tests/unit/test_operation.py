@@ -223,6 +223,15 @@ def test_under_ssmgen_check_a_known_call_is_checked_before_it_is_launched(known,
     assert not launch.done
 
 
+def test_under_ssmgen_check_a_graph_that_is_captured_reads_no_values(known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = make("fp32")
+    launch, _ = known(call, checked=True)
+    call["state_batch_indices"][0] = len(call["state"])
+    ssmgen.selective_state_update(**call.arguments())
+    assert len(launch.done) == 2
+
+
 def test_a_path_of_a_tree_over_x_is_refused_whatever_layouts_are_known(monkeypatch):
     applied = []
     monkeypatch.setattr(ssu.operation, "apply", lambda *arguments: applied.append(arguments))
@@ -232,6 +241,16 @@ def test_a_path_of_a_tree_over_x_is_refused_whatever_layouts_are_known(monkeypat
     with pytest.raises(ArgumentValueError, match="out: found x itself"):
         ssmgen.selective_state_update(**{**call.arguments(), "out": call["x"]})
     assert len(applied) == 1
+
+
+def test_a_call_goes_when_nothing_holds_it():
+    """Kernels are many, and the collector of a server may be off."""
+    gc.disable()
+    try:
+        seen = weakref.ref(call_for(tensors()))
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 class Dispatched(TorchDispatchMode):
@@ -280,6 +299,16 @@ def test_a_known_call_that_others_watch_goes_through_the_dispatcher(known, how):
     assert len(launch.done) == 2
     how(lambda: ssmgen.selective_state_update(**call.arguments()))
     assert len(launch.done) == 2
+
+
+def test_an_unknown_call_inside_a_transform_goes_through_the_dispatcher(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ssu.operation, "_dispatch", lambda *arguments: asked.append(arguments))
+    call = make("fp32")
+    ssmgen.selective_state_update(**call.arguments())
+    assert not asked
+    batched(lambda: ssmgen.selective_state_update(**call.arguments()))
+    assert len(asked) == 1
 
 
 def test_what_one_thread_has_seen_another_has_not(known):

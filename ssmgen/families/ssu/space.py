@@ -134,6 +134,7 @@ def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
     if config.many or config.pdl or not config.tie_hdim:
         return sorted(usual)
     memory = config.rounding == "nearest" and not config.state_scale_t
-    eighths = (9, 12) if memory else (9, 10, 12, 14)
-    more = [n * step // 8 for step in (128, 256, 512, 1024, 2048, 4096) for n in eighths]
+    # 17: there are 132 multiprocessors, or 148, and a program more than each has is a step.
+    parts = (17, 24) if memory else (17, 20, 24, 28)
+    more = [n * step // 16 for step in (128, 256, 512, 1024, 2048, 4096) for n in parts]
     return sorted({*usual, 96, *more})
