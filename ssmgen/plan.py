@@ -193,8 +193,8 @@ def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
         (factors[wanted], estimate(family.work(config, plan), arch))
         for plan, wanted in plans.items()
     ]
-    between_them = (size * eighths // 8 for size in family.sizes for eighths in EIGHTHS)
-    sizes = sorted({family.limit(config, size) for size in between_them})
+    finer = (size * eighths // 8 for size in family.sizes for eighths in EIGHTHS)
+    sizes = sorted({family.limit(config, size) for size in finer})
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]
     trust = TRUST if arch.cc == FITTED else TRUST_ELSEWHERE

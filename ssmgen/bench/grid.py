@@ -198,7 +198,7 @@ def tokens(wanted: Wanted) -> list[Cell]:
 
 
 def odd(wanted: Wanted) -> list[Cell]:
-    """One token a row, at sizes that nobody tunes for."""
+    """One token a row, between the sizes and shapes that plans are tuned at."""
     quick = wanted.quick
     states = _pick(wanted.states, ("fp32", "fp16"), ("fp16",) if quick else None)
     heads = _pick(wanted.heads, ODD_HEADS, ODD_HEADS[1:2] if quick else None)

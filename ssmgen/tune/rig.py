@@ -18,7 +18,9 @@ from ..plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Bench", "GpuRig", "Rig"]
+    from ..bench.problem import Problem
+
+__all__ = ["Bench", "GpuRig", "Rig", "turns"]
 
 # A graph has so many launches, if the pool has as many slot sets; more where states are so small
 # that these would not go through so many times the L2.
@@ -99,8 +101,6 @@ class GpuRig:
             self._warm = True
         device = torch.cuda.current_device()
         problem = make(config, batch, nheads)
-        states = problem.bytes / (1 + problem.times)
-        enough = math.ceil(L2S * self._properties.L2_cache_size / states)
         placed = in_chain(problem, POOL_BYTES)
         launches = {}
         for plan in plans:
@@ -112,7 +112,7 @@ class GpuRig:
         wrong = {plan: why for plan in plans if (why := self._judged[config, plan])}
         yield _GpuBench(
             {plan: launch for plan, launch in launches.items() if plan not in wrong},
-            min(problem.sets, max(LAUNCHES, enough)),
+            turns(problem, self._properties.L2_cache_size),
             wrong,
         )
 
@@ -123,6 +123,12 @@ class GpuRig:
         if plan not in functions:
             functions[plan] = load(build(config, plan, self.arch), device)
         return functions[plan]
+
+
+def turns(problem: Problem, cache: int) -> int:
+    """Slot sets to go through, with an L2 of so many bytes."""
+    states = problem.bytes / (1 + problem.times)
+    return min(problem.sets, max(LAUNCHES, math.ceil(L2S * cache / states)))
 
 
 class _GpuBench:

@@ -105,7 +105,8 @@ def _limit(record: dict[str, Any], plan: str, following: dict[str, Any]) -> int:
     apart, else half-way. With a program more one part of the GPU has more to do than the others."""
     low, high = _heads(record), _heads(following)
     fill = _of(record, plan)["fill"]
-    end = int(math.ceil(low / fill - 1e-9) * fill + 1e-9)
+    # Rounded as `fill` is, which need not be a whole number.
+    end = int(round(math.ceil(round(low / fill, 3)) * fill, 3))
     least = _reference(record)
     if end < high <= 2 * low <= 2 * FILLS * fill:
         config = KernelConfig.from_json(record["config"])

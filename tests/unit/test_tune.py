@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from rigs import FakeCompiler, FakeRig
@@ -18,6 +19,7 @@ from ssmgen.plan import dispatch
 from ssmgen.tune import Progress, tune
 from ssmgen.tune.check import LIMIT, check, odd_cells
 from ssmgen.tune.journal import Journal
+from ssmgen.tune.rig import turns
 from ssmgen.tune.space import AROUND, COMPILED, ENTRANTS, entrants, fill, prune
 from ssmgen.tune.table import rows_of
 from ssmgen.tune.tuner import cells_of
@@ -89,6 +91,18 @@ def test_sizes_that_a_table_cannot_tell_apart_are_measured_once(tmp_path):
 def test_channels_of_any_size_are_those_of_aligned_rows():
     found = cells_of([KernelConfig(family="conv1d")], SM_90, None, [1500, 3001, 16384])
     assert [(c.batch, c.nheads) for c in found] == [(2, 8192), (1, 1472), (1, 2944)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "states", "expected"),
+    [(2, 2**29, 2), (256, 2**21, 256), (2048, 2**18, 600), (2048, 2**17, 1200), (700, 2**17, 700)],
+)
+def test_a_graph_goes_through_two_and_a_half_l2s_of_states_if_there_are_as_many(
+    sets, states, expected
+):
+    """60 MiB of L2; a state is read and written, and a write counts as a read does."""
+    problem = SimpleNamespace(sets=sets, times=1, bytes=2 * states)
+    assert turns(problem, 60 * 2**20) == expected
 
 
 def test_untied_states_drafts_and_chains_have_the_usual_sizes():
