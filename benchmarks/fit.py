@@ -25,7 +25,9 @@ import concurrent.futures
 import dataclasses
 import importlib
 import json
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,18 @@ LISTS = Path(__file__).parents[1] / "cache" / "shortlists"
 LEFT_OUT = 1.2
 ARCH = Arch.of("sm_90")
 FAMILIES = ("ssu", "gdn", "conv1d")
-# The most plans of a list, the steps of a search for one, the searches; factors.
+# What was slower than the best by so much tells nothing of the plans that matter.
+NEAR = 1.5
+# The name of a list that is for one shape.
+SHAPED = re.compile(r"\d+x\d+\.")
+# The most plans of a list, the steps of a search for one, the searches; factors; where a list of a
+# shape's own is tried.
 LONGEST, STEPS, STARTS = 8, 8000, 6
-FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3)
+FAR = 0.08
+FACTORS = tuple(n / 50 for n in range(35, 71))
+
+# Plans and their factors.
+Listed = list[tuple[Plan, float]]
 
 
 def config_of(entry: dict[str, Any]) -> KernelConfig:
@@ -55,67 +66,70 @@ def config_of(entry: dict[str, Any]) -> KernelConfig:
 
 
 class Measured:
-    """The measurements of one family's shortlisted plans, as arrays: an entry for a plan in a
-    cell."""
+    """The measurements of one family's plans, as arrays: an entry for a plan in a cell, of those
+    that raced and were not far behind."""
 
     def __init__(self, data: dict[str, Any], family: str) -> None:
         self.counts = importlib.import_module(f"ssmgen.families.{family}.work")
-        shortlist = spec(family).shortlist
-        plans = [Plan(**fields) for fields in data["plans"]]
+        forms: dict[KernelConfig, dict[Plan, Plan]] = {}
+        groups: dict[tuple[str, Plan], int] = {}
         rows: list[dict[str, float]] = []
-        self.cells: list[str] = []
-        self.plans: list[Plan] = []
-        cell, ratio, micro, heads, factor = [], [], [], [], []
-        for run in data["runs"]:
-            complete = "few" not in run["plans"]
-            for entry in run["cells"]:
-                config = config_of(entry)
-                if config.family != family:
-                    continue
-                times = {plans[int(i)]: us for i, us in entry["us"].items()}
-                best = min(times.values())
-                factors = shortlist(config, ARCH)
-                fits = fitted(config, ARCH, factors)
-                nearest = min((times.get(p, np.inf) for p in fits), default=np.inf)
-                if not complete and nearest > LEFT_OUT * best:
-                    continue  # of a few plans, none that is listed and near the best
-                for plan, wanted in fits.items():
-                    us = times.get(plan, LEFT_OUT * best if complete else None)
-                    if us is None:
-                        continue
-                    cell.append(len(self.cells))
-                    ratio.append(us / best)
-                    micro.append(us if plan in times else np.nan)
-                    heads.append(entry["batch"] * entry["nheads"])
-                    factor.append(factors[wanted])
+        group, micro, heads, weight = [], [], [], []
+        for config, size, times in measurements(data, family):
+            if config not in forms:
+                forms[config] = fitted(config, ARCH, _named(config))
+            name = general_of(config)
+            best = min(times.values())
+            for plan, us in times.items():
+                if us <= NEAR * best and (wanted := forms[config].get(plan)):
+                    group.append(groups.setdefault((name, wanted), len(groups)))
                     rows.append(self.counts.facts(config, plan))
-                    self.plans.append(plan)
-                what = " ".join(map(str, entry["config"].values()))
-                self.cells.append(f"{what} {entry['batch']}x{entry['nheads']}")
+                    micro.append(us)
+                    heads.append(size)
+                    weight.append((best / us) ** 4)
         self.facts = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-        self.cell, self.ratio = np.array(cell), np.array(ratio)
+        self.group, self.weight = np.array(group), np.array(weight)
         self.us, self.heads = np.array(micro), np.array(heads, float)
-        self.factor = np.array(factor)
+        self.whole = np.bincount(self.group, self.weight)
 
     def estimates(self, constants: Constants, counts: Any) -> np.ndarray:
         work = Work(**self.counts.counted(self.facts, counts))
-        return self.factor * estimate(work, ARCH, constants)(self.heads)
-
-    def losses(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The loss of each cell and the entry that was chosen there."""
-        order = np.lexsort((times, self.cell))
-        first = np.r_[True, self.cell[order][1:] != self.cell[order][:-1]]
-        return self.ratio[order[first]] - 1, order[first]
+        return estimate(work, ARCH, constants)(self.heads)
 
     def score(self, constants: Constants, counts: Any) -> float:
+        """How far the logarithms of estimates are off, and what a list cannot mend by a factor:
+        how far from how much they are off for one plan and state dtype."""
         with np.errstate(all="ignore"):
             times = self.estimates(constants, counts)
             if not np.all(np.isfinite(times) & (times > 0)):
                 return np.inf
-            losses, _ = self.losses(times)
-            error = np.nanmean(np.abs(np.log(times / self.us)))
-        over = np.maximum(losses - 0.03, 0)
-        return 300 * np.mean(over**2) + losses.max() + losses.mean() + error
+        off = np.log(times / self.us)
+        usual = np.bincount(self.group, self.weight * off) / self.whole
+        both = np.minimum((off - usual[self.group]) ** 2, 0.25) + 0.1 * np.minimum(off**2, 0.25)
+        return float(np.sqrt(np.average(both, weights=self.weight)))
+
+
+def measurements(
+    data: dict[str, Any], family: str
+) -> Iterator[tuple[KernelConfig, int, dict[Plan, float]]]:
+    """The cells of a family: config, batch x heads, times."""
+    plans = [Plan(**fields) for fields in data["plans"]]
+    for entry in (entry for run in data["runs"] for entry in run["cells"]):
+        config = config_of(entry)
+        if config.family == family:
+            times = {plans[int(i)]: us for i, us in entry["us"].items()}
+            yield config, entry["batch"] * entry["nheads"], times
+
+
+def _named(config: KernelConfig) -> list[Plan]:
+    family = spec(config.family)
+    return [*family.candidates(config, ARCH), *family.staples(config, ARCH)]
+
+
+def general_of(config: KernelConfig) -> str:
+    """The list of a config that is not of its shape alone; a family may have none."""
+    names = spec(config.family).listings(config)
+    return next((name for name in names if not SHAPED.match(name)), "")
 
 
 def search(
@@ -148,18 +162,38 @@ def search(
     return built(np.array([float(f"{value:.3g}") for value in best]))
 
 
-def report(measured: Measured, constants: Constants, counts: Any, worst: int = 8) -> str:
-    times = measured.estimates(constants, counts)
-    losses, chosen = measured.losses(times)
-    error = np.nanmedian(np.abs(times / measured.us - 1))
-    raced = np.isfinite(measured.us[chosen])
+def report(
+    data: dict[str, Any], family: str, constants: Constants, counts: Any, worst: int = 8
+) -> str:
+    module = importlib.import_module(f"ssmgen.families.{family}.work")
+    costs: dict[KernelConfig, dict[Plan, Any]] = {}
+    losses, errors, unknown = [], [], 0
+    for config, heads, times in measurements(data, family):
+        if config not in costs:
+            factors = spec(family).shortlist(config, ARCH)
+            costs[config] = {
+                plan: (factors[wanted], estimate(Work(**module.counted(facts, counts)),
+                                                 ARCH, constants))
+                for plan, wanted in fitted(config, ARCH, factors).items()
+                for facts in [module.facts(config, plan)]
+            }  # fmt: skip
+        us = {plan: factor * cost(heads) for plan, (factor, cost) in costs[config].items()}
+        plan = min(us, key=us.__getitem__)
+        errors += [abs(us[p] / times[p] - 1) for p in us if p in times]
+        unknown += plan not in times
+        if plan in times:
+            losses.append((times[plan] / min(times.values()) - 1, config, heads, plan))
+    losses.sort(key=lambda loss: -loss[0])
+    behind = [loss for loss, *_ in losses]
     lines = [
-        f"{len(losses)} cells: worst loss {losses.max():.1%}, median {np.median(losses):.1%}, "
-        f"{np.sum(raced & (losses > 0.1))} above 10%, {np.sum(~raced)} of a plan that did not "
-        f"race; median error of an estimate {error:.1%}"
+        f"{len(losses) + unknown} cells: worst loss {behind[0]:.1%}, median "
+        f"{np.median(behind):.1%}, {sum(loss > 0.1 for loss in behind)} above 10%, {unknown} of a "
+        f"plan that did not race; median error of an estimate {np.median(errors):.1%}"
     ]
-    for i in np.argsort(-losses)[:worst]:
-        lines.append(f"  {losses[i]:6.1%}  {measured.cells[i]:32} {measured.plans[chosen[i]]}")
+    for loss, config, heads, plan in losses[:worst]:
+        usual = type(config)(family=family).fields()
+        fields = (f"{k}={v}" for k, v in config.fields().items() if v != usual[k])
+        lines.append(f"  {loss:6.1%}  {' '.join(fields)} at {heads}: {plan}")
     return "\n".join(lines)
 
 
@@ -171,8 +205,7 @@ class Race:
         # As plans stand in a list: the first that becomes what raced, in any cell.
         raced: dict[Plan, None] = {}
         for config, _, times in cells:
-            named = (*family.candidates(config, ARCH), *family.staples(config, ARCH))
-            wanted = fitted(config, ARCH, named)
+            wanted = fitted(config, ARCH, _named(config))
             raced |= dict.fromkeys(wanted[plan] for plan in times if plan in wanted)
         self.plans = sorted(raced, key=str)
         shape = len(cells), len(self.plans)
@@ -188,22 +221,37 @@ class Race:
                 if plan in times:
                     self.loss[i, j] = times[plan] / best - 1
 
+    def losses(self, chosen: list[int], factors: np.ndarray) -> np.ndarray:
+        first = np.argmin(self.cost[:, chosen] * factors[chosen], axis=1)
+        return self.loss[np.arange(len(self.loss)), np.array(chosen)[first]]
+
     def score(self, chosen: list[int], factors: np.ndarray) -> float:
         """Of a list; a plan more, or a factor, has to be worth something."""
-        first = np.argmin(self.cost[:, chosen] * factors[chosen], axis=1)
-        losses = self.loss[np.arange(len(self.loss)), np.array(chosen)[first]]
+        losses = self.losses(chosen, factors)
         price = 0.002 * len(chosen) + 0.001 * float(np.sum(factors[chosen] != 1))
         over = np.maximum(losses - 0.03, 0)
-        return float(300 * np.mean(over**2) + losses.mean()) + price
+        far = np.mean(losses > FAR)
+        return float(300 * np.mean(over**2) + losses.mean() + far) + price
 
-    def search(self, rng: np.random.Generator, starts: int) -> list[tuple[Plan, float]]:
+    def far(self, listed: Listed) -> int:
+        """Cells in which the choice of a list loses more than `FAR`."""
+        numbers = {plan: j for j, plan in enumerate(self.plans)}
+        known = [(numbers[plan], factor) for plan, factor in listed if plan in numbers]
+        if not known:
+            return len(self.loss)
+        factors = np.ones(len(self.plans))
+        for j, factor in known:
+            factors[j] = factor
+        return int(np.sum(self.losses([j for j, _ in known], factors) > FAR))
+
+    def search(self, rng: np.random.Generator, starts: int, steps: int = STEPS) -> Listed:
         """Simulated annealing from the one plan that is best alone, several times."""
         count = len(self.plans)
         alone = min(range(count), key=lambda j: self.score([j], np.ones(count)))
         best = ([alone], np.ones(count), self.score([alone], np.ones(count)))
         for _ in range(starts):
             chosen, factors, score = [alone], np.ones(count), self.score([alone], np.ones(count))
-            for step in range(STEPS):
+            for step in range(steps):
                 new, weights = list(chosen), factors.copy()
                 what, j = rng.random(), int(rng.integers(count))
                 at = int(rng.integers(len(new)))
@@ -216,7 +264,7 @@ class Race:
                 elif len(new) > 1:
                     new.pop(at)
                 found = self.score(new, weights)
-                warmth = 0.02 * (1 - step / STEPS) + 1e-9
+                warmth = 0.02 * (1 - step / steps) + 1e-9
                 if found < score or rng.random() < np.exp((score - found) / warmth):
                     chosen, factors, score = new, weights, found
                     if score < best[2]:
@@ -225,29 +273,41 @@ class Race:
 
 
 def by_list(data: dict[str, Any], family: str) -> dict[str, list[Any]]:
-    """The cells of each list of a family: config, batch x heads, times."""
-    plans = [Plan(**fields) for fields in data["plans"]]
+    """The cells of each list of a family that is for all shapes: config, batch x heads, times."""
     found = collections.defaultdict(list)
-    for entry in (entry for run in data["runs"] for entry in run["cells"]):
-        config = config_of(entry)
-        if config.family == family:
-            times = {plans[int(i)]: us for i, us in entry["us"].items()}
-            for name in spec(family).listings(config)[:1]:
-                found[name].append((config, entry["batch"] * entry["nheads"], times))
+    for cell in measurements(data, family):
+        if name := general_of(cell[0]):
+            found[name].append(cell)
     return found
 
 
-def lists(data: dict[str, Any], family: str, seed: int) -> dict[str, list[tuple[Plan, float]]]:
-    """The lists of a family, by their names."""
+def lists(data: dict[str, Any], family: str, seed: int) -> dict[str, Listed]:
+    """The lists of a family, by their names: those for all shapes, each followed by those of single
+    shapes."""
     found = by_list(data, family)
     names = sorted(found)
     with concurrent.futures.ProcessPoolExecutor() as pool:
         cells, seeds = (found[name] for name in names), (seed for _ in names)
-        return dict(zip(names, pool.map(_searched, cells, seeds)))
+        every = pool.map(_searched, names, cells, seeds)
+        return {name: listed for several in every for name, listed in several.items()}
 
 
-def _searched(cells: list[Any], seed: int) -> list[tuple[Plan, float]]:
-    return Race(cells).search(np.random.default_rng(seed), STARTS)
+def _searched(name: str, cells: list[Any], seed: int) -> dict[str, Listed]:
+    """The list of `name`, and where its choice is far behind in cells of a shape one of that shape,
+    if that is better."""
+    rng = np.random.default_rng(seed)
+    found = {name: Race(cells).search(rng, STARTS)}
+    shapes = collections.defaultdict(list)
+    for cell in cells:
+        if SHAPED.match(own := spec(cell[0].family).listings(cell[0])[0]):
+            shapes[own].append(cell)
+    for own, those in shapes.items():
+        race = Race(those)
+        if behind := race.far(found[name]):
+            listed = race.search(rng, STARTS, 3 * STEPS)
+            if race.far(listed) < behind:
+                found[own] = listed
+    return found
 
 
 def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:
@@ -379,13 +439,14 @@ def main() -> None:
         return
     found = {config_of(entry).family for run in data["runs"] for entry in run["cells"]}
     for family in [arguments.family] if arguments.family else filter(found.__contains__, FAMILIES):
-        measured = Measured(data, family)
-        constants, counts = CONSTANTS, measured.counts.COUNTS
+        constants = CONSTANTS
+        counts = importlib.import_module(f"ssmgen.families.{family}.work").COUNTS
         if arguments.seconds:
+            measured = Measured(data, family)
             only = arguments.only and arguments.only.split(",")
             constants, counts = search(measured, arguments.seconds, arguments.seed, only)
             print(constants, counts, sep="\n")
-        print(family, report(measured, constants, counts))
+        print(family, report(data, family, constants, counts))
 
 
 if __name__ == "__main__":

@@ -85,14 +85,15 @@ class Constants:
     """Microseconds, but for ``hiding`` (the exponent of the mean; more hides better) and ``tail``
     (how much of its last wave a launch waits for)."""
 
-    launch: float = 1.31
-    program: float = 0.000155
-    wait: float = 0.161
-    tile: float = 0.363
-    tile_ahead: float = 0.00593
-    dependent: float = 0.00171
-    hiding: float = 1.91
-    tail: float = 1.25
+    launch: float = 1.81
+    program: float = 0.000332
+    wait: float = 0.314
+    tile: float = 0.24
+    tile_ahead: float = 0.0973
+    dependent: float = 0.000736
+    repeated: float = 0.367
+    hiding: float = 1.92
+    tail: float = 1.44
 
 
 CONSTANTS = Constants()
@@ -138,7 +139,7 @@ def estimate(work: Work, arch: Arch, c: Constants = CONSTANTS) -> Callable[[Any]
     fill = machine.sms * evenly(work)
     moved = work.bytes / machine.bandwidth
     busy = c.dependent * work.instructions
-    between = busy + c.tile + work.ahead * (c.tile_ahead - c.tile)
+    between = c.repeated * busy + c.tile + work.ahead * (c.tile_ahead - c.tile)
     waiting = c.wait + busy + (work.steps - 1) * between
     power = c.hiding
 

@@ -118,8 +118,9 @@ class Choice:
 # What the cost model is trusted to tell apart: where its constants were measured, and elsewhere,
 # where a smaller estimated gain is not worth one more kernel to compile.
 TRUST, TRUST_ELSEWHERE = 0.001, 0.05
-# A family's sizes times these, in eighths, are those at which estimates are compared.
-EIGHTHS = (8, 10, 12, 14)
+# A family's sizes times these, in sixteenths, are those at which estimates are compared: closer
+# after a power of two, where one program more than the GPU has parts begins another wave.
+SIXTEENTHS = (16, 17, 18, 20, 22, 24, 26, 28, 30)
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:
@@ -193,7 +194,7 @@ def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
         (factors[wanted], estimate(family.work(config, plan), arch))
         for plan, wanted in plans.items()
     ]
-    finer = (size * eighths // 8 for size in family.sizes for eighths in EIGHTHS)
+    finer = (size * parts // 16 for size in family.sizes for parts in SIXTEENTHS)
     sizes = sorted({family.limit(config, size) for size in finer})
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ..errors import ConfigError
 __all__ = ["Journal"]
 
 SCHEMA = 2
+# Seconds between two times that what was written is forced to the disk, which takes milliseconds.
+SYNC = 1.0
 
 
 class Journal:
@@ -29,6 +32,7 @@ class Journal:
         keep = self._read(head) if path.exists() else 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if path.exists() else "wb")
+        self._synced = 0.0
         self._file.truncate(keep)
         self._file.seek(keep)
         if not keep:
@@ -69,14 +73,21 @@ class Journal:
                 )
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep the record of the cell it names, on disk before this returns."""
+        """Keep the record of the cell it names: in its file before this returns, so that it
+        outlives this process, and on disk about a second later."""
         self.cells[record["cell"]] = record
         self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
+        if time.monotonic() - self._synced >= SYNC:
+            self._sync()
+
+    def _sync(self) -> None:
         os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
+        self._sync()
         self._file.close()

@@ -23,7 +23,7 @@ DOUBT = 1.6
 # The most plans of one config that are compiled, and that enter one race, for their estimate alone.
 COMPILED, ENTRANTS = 14, 5
 # How many of those that were the fastest at the sizes next to one enter its race.
-AROUND = 8
+AROUND = 6
 
 
 def entrants(

@@ -200,16 +200,24 @@ def tune(
     able = measurable(configs, rig, report)
     cells = cells_of(able, rig.arch, rig.gpu, sizes)
     plans = spaces(cells, rig.arch)
+    kernels = {
+        config: {plan: template.key(config, plan, rig.arch) for plan in own}
+        for config, own in plans.items()
+    }
+    digests = {cell: _digest(cell, kernels[cell.config].values()) for cell in cells}
     journal = Journal(out / f"{rig.arch}.journal", rig.identity)
     try:
-        _measure(rig, cells, plans, journal, report, start + budget, compile or compile_all, note)
+        _measure(
+            rig, cells, plans, kernels, digests, journal, report, start + budget,
+            compile or compile_all, note,
+        )  # fmt: skip
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
         journal.close()
     for cell in cells:
         record = journal.cells.get(str(cell))
-        if record is None or record["kernels"] != _digest(cell, plans[cell.config], rig.arch):
+        if record is None or record["kernels"] != digests[cell]:
             report.missing.append(str(cell))
         else:
             report.cells.append(record)
@@ -223,6 +231,8 @@ def _measure(
     rig: Rig,
     cells: list[Cell],
     plans: dict[KernelConfig, dict[Plan, Plan]],
+    kernels: dict[KernelConfig, dict[Plan, str]],
+    digests: dict[Cell, str],
     journal: Journal,
     report: Report,
     end: float,
@@ -230,17 +240,14 @@ def _measure(
     note: Note,
 ) -> None:
     todo = [
-        cell
-        for cell in cells
-        if journal.cells.get(str(cell), {}).get("kernels")
-        != _digest(cell, plans[cell.config], rig.arch)
-    ]
-    keys = {
-        (config, plan): template.key(config, plan, rig.arch)
+        cell for cell in cells
+        if journal.cells.get(str(cell), {}).get("kernels") != digests[cell]
+    ]  # fmt: skip
+    jobs = {
+        key: Job(config, plan, rig.arch, key)
         for config in dict.fromkeys(cell.config for cell in todo)
-        for plan in plans[config]
+        for plan, key in kernels[config].items()
     }
-    jobs = {key: Job(config, plan, rig.arch, key) for (config, plan), key in keys.items()}
     built = compile(
         list(jobs.values()), lambda done, total: note(Progress("compile", done, total, ""))
     )
@@ -259,9 +266,9 @@ def _measure(
             return
         note(Progress("race", done, len(todo), str(cell), left))
         ready = {
-            plan: built[keys[cell.config, plan]]
-            for plan in plans[cell.config]
-            if "error" not in built[keys[cell.config, plan]]
+            plan: built[key]
+            for plan, key in kernels[cell.config].items()
+            if "error" not in built[key]
         }
         record = None
         if cell.present in ready:
@@ -271,7 +278,7 @@ def _measure(
             report.failed.append({"kernel": str(cell), "error": "the plan in use failed"})
             continue
         measured[cell.config.family, cell.key][cell.heads] = record
-        record["kernels"] = _digest(cell, plans[cell.config], rig.arch)
+        record["kernels"] = digests[cell]
         for standing in record["standings"]:
             wanted = plans[cell.config][Plan(**standing["plan"])]
             standing["table"] = wanted.fields()
@@ -354,9 +361,8 @@ def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, float]) -> dict[str, Any
     }
 
 
-def _digest(cell: Cell, plans: dict[Plan, Plan], arch: Arch) -> str:
+def _digest(cell: Cell, keys: Iterable[str]) -> str:
     """Of the kernels of a cell: changes with a template, the space, or the plan in use."""
-    keys = [template.key(cell.config, plan, arch) for plan in plans]
     text = canonical_json([sorted(keys), cell.present.fields()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

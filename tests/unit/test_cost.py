@@ -53,7 +53,7 @@ def losses_of(family, file="plans-shipped-h200.json"):
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "share"), [("ssu", 3278, 0.03), ("gdn", 99, 0), ("conv1d", 24, 0)]
+    ("family", "cells", "share"), [("ssu", 3181, 0.03), ("gdn", 99, 0), ("conv1d", 24, 0)]
 )
 def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     hidden, family, cells, share
@@ -80,7 +80,7 @@ def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
     found = re.search(r"(\d+) cells: .*, (\d+) above 10%, (\d+) of a plan", done.stdout)
     assert found
     cells, behind, unknown = map(int, found.groups())
-    assert cells == 611
+    assert cells == 628
     assert behind <= 0.05 * cells
     assert unknown <= 0.01 * cells
 

@@ -15,7 +15,7 @@ from ssmgen import Arch, KernelConfig, Plan, tables
 from ssmgen.cost import estimate
 from ssmgen.errors import ConfigError
 from ssmgen.families import spec
-from ssmgen.plan import dispatch
+from ssmgen.plan import dispatch, fitted
 from ssmgen.tune import Progress, tune
 from ssmgen.tune.check import LIMIT, check, odd_cells
 from ssmgen.tune.journal import Journal
@@ -124,9 +124,9 @@ def test_heads_are_of_a_layer_where_they_can_be():
         [FP16.replace(state_dtype="int8", rounding="stochastic", philox_rounds=10)], SM_90, None
     )
     found = {c.heads: (c.batch, c.nheads) for c in cells}
-    assert found[160] == (10, 16)
+    assert found[352] == (22, 16)
     assert found[136] == (1, 136)
-    assert found[640] == (5, 128)
+    assert found[3328] == (26, 128)
 
 
 # What it finds
@@ -150,23 +150,28 @@ def test_the_best_plans_are_found_and_dispatch_takes_them(tmp_path, monkeypatch,
     assert low.why == f"table {tmp_path}/ssu/sm_90/nvidia-pretend-9000/fp16.nearest.json"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_table_is_left_as_it_is_where_nothing_is_faster(tmp_path, monkeypatch, seed):
+def test_a_table_is_left_as_it_is_where_nothing_is_faster(tmp_path, monkeypatch):
     run(FakeRig(secretly(BEST), noise=0.002), tmp_path / "first")
     monkeypatch.setenv("SSMGEN_TUNED_PATH", str(tmp_path / "first"))
-    # Now all are the same: whoever is first is so by chance.
-    report = run(FakeRig(lambda *_: 10.0, noise=0.02, seed=seed), tmp_path / "second")
-    changed = sum(cell["margin"] > 0 for cell in report.cells)
-    assert changed <= 1
-    if not changed:
-        first, second = table_at(tmp_path / "first"), table_at(tmp_path / "second")
-        # Buckets that the noise cannot tell apart become one, of a plan that was in use.
-        assert {row["plan"] for row in second["rows"]} <= {row["plan"] for row in first["rows"]}
+    first = table_at(tmp_path / "first")
+    changed = 0
+    for seed in range(8):
+        # Now all are the same: whoever is first is so by chance.
+        again = tmp_path / str(seed)
+        report = run(FakeRig(lambda *_: 10.0, noise=0.02, seed=seed), again)
+        changes = sum(cell["margin"] > 0 for cell in report.cells)
+        if not changes:
+            # Buckets that the noise cannot tell apart become one, of a plan that was in use.
+            rows = table_at(again)["rows"]
+            assert {row["plan"] for row in rows} <= {row["plan"] for row in first["rows"]}
+        changed += changes
+    assert changed <= 4  # of 24
 
 
 def test_the_plan_of_the_cost_model_races_whatever_its_estimate(tmp_path, monkeypatch):
-    slow = SSU.fit(FP16, Plan(algorithm="simple", block_m=64, block_n=128, num_warps=1), SM_90)
-    assert of_the_model(FP16, slow, 128) > 2 * fastest(FP16, 128)
+    plans = fitted(FP16, SM_90, SSU.candidates(FP16, SM_90))
+    slow = max(plans, key=lambda plan: of_the_model(FP16, plan, 16384))
+    assert of_the_model(FP16, slow, 16384) > 2 * fastest(FP16, 16384)
     report = run(FakeRig(of_the_model), tmp_path / "first")
     assert len(report.losses()) == len(FEW)
     monkeypatch.setattr("ssmgen.tune.tuner.modelled", lambda config, arch: [(None, slow)])

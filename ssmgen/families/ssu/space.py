@@ -85,9 +85,9 @@ def prefetching(config: SsuConfig) -> list[Plan]:
 
 
 def listings(config: SsuConfig) -> tuple[str, ...]:
-    """The names of the lists for a config, its own first: untied states of one token have some.
-    There is none for trees and for the matrix form of more than 8 tokens, which were not measured.
-    """
+    """The names of the lists for a config, its own first: untied states of one token have some, and
+    shapes of a head for which the list of all is not good enough. There is none for trees and for
+    the matrix form of more than 8 tokens, which were not measured."""
     name = f"{config.state_dtype}.{config.rounding}"
     if config.parents_dtype:
         name += ".tree"
@@ -97,7 +97,8 @@ def listings(config: SsuConfig) -> tuple[str, ...]:
         name += ".each"
     else:
         name += ".many" if config.ntokens <= 8 else ".long"
-    return (name,) if config.tie_hdim else (f"untied.{name}", name)
+    own = f"{config.dim}x{config.dstate}" if config.tie_hdim else "untied"
+    return f"{own}.{name}", name
 
 
 def general(config: SsuConfig) -> list[Plan]:
@@ -135,6 +136,6 @@ def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
         return sorted(usual)
     memory = config.rounding == "nearest" and not config.state_scale_t
     # 17: there are 132 multiprocessors, or 148, and a program more than each has is a step.
-    parts = (17, 24) if memory else (17, 20, 24, 28)
+    parts = (17, 19, 24) if memory else (17, 19, 22, 26)
     more = [n * step // 16 for step in (128, 256, 512, 1024, 2048, 4096) for n in parts]
     return sorted({*usual, 96, *more})

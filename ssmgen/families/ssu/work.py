@@ -27,17 +27,17 @@ class Counts:
     and for each of its rounds; for a row's sum over lanes. ``matrix`` is an element's in the matrix
     form, for each 8 tokens."""
 
-    prologue: float = 76.4
-    column: float = 12.6
-    element: float = 3.02
-    token: float = 3.26
-    again: float = 119.0
-    across: float = 0.167
-    scaled: float = 0.249
-    stochastic: float = 7.18
-    round: float = 0.246
-    row: float = 43.6
-    matrix: float = 9.02
+    prologue: float = 29.1
+    column: float = 15.1
+    element: float = 2.02
+    token: float = 3.29
+    again: float = 94.7
+    across: float = 0.239
+    scaled: float = 2.72
+    stochastic: float = 9.16
+    round: float = 0.329
+    row: float = 31.8
+    matrix: float = 11.8
 
 
 COUNTS = Counts()
