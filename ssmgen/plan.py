@@ -115,12 +115,12 @@ class Choice:
     why: str
 
 
-# What the cost model is trusted to tell apart: where its constants were measured, and elsewhere,
-# where a smaller estimated gain is not worth one more kernel to compile.
-TRUST, TRUST_ELSEWHERE = 0.001, 0.05
+# An estimated gain that is not worth one more kernel to compile, where the constants of the
+# estimate were not measured.
+DOUBTFUL = 0.05
 # A family's sizes times these, in sixteenths, are those at which estimates are compared: closer
 # after a power of two, where one program more than the GPU has parts begins another wave.
-SIXTEENTHS = (16, 17, 18, 20, 22, 24, 26, 28, 30)
+SIXTEENTHS = (16, 17, 18, 19, 20, 22, 24, 26, 28, 30)
 
 
 def dispatch(config: KernelConfig, arch: Arch, gpu: str | None = None) -> tuple[Choice, ...]:
@@ -198,8 +198,7 @@ def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
     sizes = sorted({family.limit(config, size) for size in finer})
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]
-    trust = TRUST if arch.cc == FITTED else TRUST_ELSEWHERE
-    chosen = [listed[i] for i in cover(cells, trust)]
+    chosen = [listed[i] for i in cover(cells, 0.0 if arch.cc == FITTED else DOUBTFUL)]
     found: list[tuple[int | None, Plan]] = [
         (between(low, high), plan)
         for low, high, plan, after in zip(sizes, sizes[1:], chosen, chosen[1:])

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import gc
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +187,12 @@ def noting(name: str, found: dict[str, Any]) -> Iterator[None]:
         found["wrong"][name] = str(fault)
     except Exception as error:
         _still_there(name, error)
-        found["wrong"][name] = f"{type(error).__name__}: {str(error)[:200]}"
+        found["wrong"][name] = f"{type(error).__name__}: {_without_folders(str(error))[:200]}"
+
+
+def _without_folders(text: str) -> str:
+    """`text` with files by their names alone: a result is for others to read."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
 
 
 def _still_there(name: str, error: Exception) -> None:

@@ -12,16 +12,17 @@ from typing import Any
 
 from ..arch import Arch
 from ..config import KernelConfig
-from ..cost import Work, estimate, evenly, resident
+from ..cost import FITTED, Work, estimate, evenly, resident
 from ..families import spec
 from ..plan import Plan, fitted
 
 __all__ = ["entrants", "fill", "prune"]
 
-# An estimate may be off by so much; what is slower still at every size is not compiled.
-DOUBT = 1.6
+# An estimate may be off by so much, where its constants were measured (there no plan that won was
+# estimated above 1.23 times the least) and elsewhere; what is slower still is left out.
+DOUBT, DOUBT_ELSEWHERE = 1.35, 1.6
 # The most plans of one config that are compiled, and that enter one race, for their estimate alone.
-COMPILED, ENTRANTS = 14, 5
+COMPILED, ENTRANTS = 8, 5
 # How many of those that were the fastest at the sizes next to one enter its race.
 AROUND = 6
 
@@ -57,9 +58,9 @@ def prune(
     not the rest.
 
     A plan goes that no multiprocessor can hold, that spills registers, or whose estimate with the
-    registers and shared memory it really has is hopeless; of `others`, and of the family's staples,
-    the estimate is not asked. With `around`, the plans that were the fastest next to this size, the
-    first first, only those and `others` stay.
+    registers and shared memory it really has is hopeless; of `others` the estimate is not asked,
+    nor of the family's staples where its constants were not measured. With `around`, the plans
+    that were the fastest next to this size, the first first, only those and `others` stay.
     """
     family = spec(config.family)
     works: dict[Plan, Work] = {}
@@ -85,7 +86,7 @@ def prune(
     else:
         best = _places(works, arch, [size])
         chosen = [plan for plan in best if plan != present][:ENTRANTS]
-        sure += _staples(config, arch)
+        sure += [plan for plan in _staples(config, arch) if plan in best or arch.cc != FITTED]
     chosen += [p for p in dict.fromkeys(sure) if p in works and p not in (present, *chosen)]
     out |= {p: why for p in works if p != present and p not in chosen}
     return [present, *chosen], out
@@ -100,10 +101,11 @@ def fill(config: KernelConfig, plan: Plan, multiprocessors: int) -> float:
 def _places(works: Mapping[Plan, Work], arch: Arch, sizes: Sequence[int]) -> list[Plan]:
     """Plans by the best place they have at any size, without those that are slow at every one."""
     place: dict[Plan, tuple[int, float]] = {}
+    doubt = DOUBT if arch.cc == FITTED else DOUBT_ELSEWHERE
     for size in sizes:
         cost = {plan: estimate(work, arch)(size) for plan, work in works.items()}
         least = min(cost.values())
         for i, plan in enumerate(sorted(cost, key=cost.__getitem__)):
-            if cost[plan] <= DOUBT * least:
+            if cost[plan] <= doubt * least:
                 place[plan] = min(place.get(plan, (i, cost[plan] / least)), (i, cost[plan] / least))
     return sorted(place, key=place.__getitem__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,11 +261,19 @@ def _measure(
         others = measured.setdefault((cell.config.family, cell.key), {})
         if cell not in waiting:
             others[cell.heads] = journal.cells[str(cell)]
+    # What it took to load and judge the kernels of a config, besides a race: those that are yet to
+    # come leave their share of time.
+    loading: list[float] = []
+    configs = {cell.config for cell in todo}
     for done, cell in enumerate(todo):
         left = end - rig.clock()
         if left <= 0:
             return
         note(Progress("race", done, len(todo), str(cell), left))
+        first = cell.config in configs
+        configs.discard(cell.config)
+        each = statistics.mean(loading) if loading else 0.0
+        share = max(0.0, left - each * (first + len(configs))) / (len(todo) - done) + each * first
         ready = {
             plan: built[key]
             for plan, key in kernels[cell.config].items()
@@ -273,11 +282,13 @@ def _measure(
         record = None
         if cell.present in ready:
             around = _around(cell.heads, measured[cell.config.family, cell.key])
-            record = measure_cell(rig, cell, ready, left / (len(todo) - done), around)
+            record = measure_cell(rig, cell, ready, share, around)
         if record is None:
             report.failed.append({"kernel": str(cell), "error": "the plan in use failed"})
             continue
         measured[cell.config.family, cell.key][cell.heads] = record
+        if first:
+            loading.append(record["loading"])
         record["kernels"] = digests[cell]
         for standing in record["standings"]:
             wanted = plans[cell.config][Plan(**standing["plan"])]
@@ -321,7 +332,8 @@ def measure_cell(
         if cell.present in bench.wrong:
             return None
         chosen = [plan for plan in chosen if plan not in bench.wrong]
-        left = max(LEAST, seconds - (rig.clock() - start))
+        loading = rig.clock() - start
+        left = max(LEAST, seconds - loading)
         outcome = race(chosen, cell.present, bench.round, seconds=left, clock=rig.clock)
     why = {plan: f"wrong: {text}" for plan, text in bench.wrong.items()} | out
     fills = {plan: fill(cell.config, plan, rig.multiprocessors) for plan in chosen}
@@ -333,6 +345,7 @@ def measure_cell(
         "batch": cell.batch,
         "nheads": cell.nheads,
         "seconds": round(rig.clock() - start, 3),
+        "loading": round(loading, 3),
         **_plain(outcome, fills),
         "modelled": cell.modelled and cell.modelled.fields(),
         "left_out": [{"plan": plan.fields(), "why": text} for plan, text in why.items()],

@@ -257,7 +257,7 @@ def returning(problem: Any) -> Any:
 
 
 def raising(problem: Any) -> Any:
-    raise RuntimeError("no kernel image")
+    raise RuntimeError("/home/me/peer/kernel.cuh:12: no kernel image")
 
 
 def test_a_wrong_contestant_gets_no_time(monkeypatch):
@@ -267,7 +267,7 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch):
     assert found["us"] == {"ssmgen": 1.0, "vllm": 2.0, "fla": 3.0, "copy": 4.0}
     assert found["again"] == 5.0
     assert "output off by" in found["wrong"]["flashinfer"]
-    assert found["wrong"]["mamba_ssm"] == "RuntimeError: no kernel image"
+    assert found["wrong"]["mamba_ssm"] == "RuntimeError: kernel.cuh:12: no kernel image"
     assert not found["missing"]
     assert found["rounds"]["vllm"] == [2.0, 2.0]
 

@@ -53,7 +53,7 @@ def losses_of(family, file="plans-shipped-h200.json"):
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "share"), [("ssu", 3181, 0.03), ("gdn", 99, 0), ("conv1d", 24, 0)]
+    ("family", "cells", "share"), [("ssu", 3456, 0.002), ("gdn", 99, 0), ("conv1d", 24, 0)]
 )
 def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     hidden, family, cells, share
@@ -61,8 +61,8 @@ def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     losses = losses_of(family)
     assert len(losses) >= cells
     assert sum(loss > LOSS for loss in losses.values()) <= share * len(losses)
-    assert max(loss for loss in losses.values() if loss < float("inf")) < 0.35
-    assert statistics.median(losses.values()) < 0.02
+    assert max(loss for loss in losses.values() if loss < float("inf")) < 0.15
+    assert statistics.median(losses.values()) < 0.01
 
 
 def test_at_odd_sizes_and_shapes_it_is_seldom_far_behind(hidden):
@@ -70,7 +70,7 @@ def test_at_odd_sizes_and_shapes_it_is_seldom_far_behind(hidden):
     raced = [loss for loss in losses.values() if loss < float("inf")]
     assert len(losses) == 735
     assert len(raced) > 0.99 * len(losses)
-    assert sum(loss > LOSS for loss in raced) <= 0.01 * len(raced)
+    assert sum(loss > LOSS for loss in raced) <= 0.005 * len(raced)
     assert max(raced) < 0.15
 
 
@@ -80,7 +80,7 @@ def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
     found = re.search(r"(\d+) cells: .*, (\d+) above 10%, (\d+) of a plan", done.stdout)
     assert found
     cells, behind, unknown = map(int, found.groups())
-    assert cells == 628
+    assert cells == 646
     assert behind <= 0.05 * cells
     assert unknown <= 0.01 * cells
 
@@ -91,7 +91,7 @@ def test_the_fit_reports_what_these_tests_hold():
     above = re.findall(r"^(\w+) (\d+) cells.*, (\d+) above 10%, (\d+) of", done.stdout, flags=re.M)
     assert [family for family, *_ in above] == ["ssu", "gdn", "conv1d"]
     (_, cells, *worse), *others = above
-    assert sum(map(int, worse)) <= 0.02 * int(cells)
+    assert sum(map(int, worse)) <= 0.002 * int(cells)
     assert all(found[2:] == ("0", "0") for found in others)
 
 
@@ -99,7 +99,9 @@ def test_a_list_is_what_its_family_asks_for_and_serves_the_algorithm_that_is_for
     int8 = KernelConfig(state_dtype="int8")
     ssu = spec("ssu")
     listed = ssu.shortlist(int8, SM_90)
-    assert listed == tables.shortlist("ssu", "int8.nearest")
+    assert listed == tables.shortlist("ssu", "64x128.int8.nearest")
+    assert ssu.shortlist(int8.replace(dim=192), SM_90) == tables.shortlist("ssu", "int8.nearest")
+    assert listed != tables.shortlist("ssu", "int8.nearest")
     assert len(set(listed.values())) > 1
     for algorithm in ("simple", "vertical"):
         forced = ssu.shortlist(int8.replace(algorithm=algorithm), SM_90)

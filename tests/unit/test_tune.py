@@ -170,10 +170,11 @@ def test_a_table_is_left_as_it_is_where_nothing_is_faster(tmp_path, monkeypatch)
 
 def test_the_plan_of_the_cost_model_races_whatever_its_estimate(tmp_path, monkeypatch):
     plans = fitted(FP16, SM_90, SSU.candidates(FP16, SM_90))
-    slow = max(plans, key=lambda plan: of_the_model(FP16, plan, 16384))
-    assert of_the_model(FP16, slow, 16384) > 2 * fastest(FP16, 16384)
+    slow = max(plans, key=lambda plan: of_the_model(FP16, plan, 128))
     report = run(FakeRig(of_the_model), tmp_path / "first")
     assert len(report.losses()) == len(FEW)
+    for cell in report.cells:
+        assert slow.fields() not in [standing["plan"] for standing in cell["standings"]]
     monkeypatch.setattr("ssmgen.tune.tuner.modelled", lambda config, arch: [(None, slow)])
     report = run(FakeRig(of_the_model), tmp_path / "second")
     for cell in report.cells:
@@ -182,7 +183,7 @@ def test_the_plan_of_the_cost_model_races_whatever_its_estimate(tmp_path, monkey
     times = [(of_the_model(FP16, slow, n), fastest(FP16, n)) for n in FEW]
     wanted = sorted(mine / best - 1 for mine, best in times)
     assert report.losses() == pytest.approx(wanted, rel=0.05, abs=0.05)
-    assert report.losses()[-1] > 1
+    assert report.losses()[-1] > 0.3
 
 
 def test_a_table_says_where_it_is_from_and_what_was_measured(tmp_path):
@@ -199,10 +200,10 @@ def test_a_table_says_where_it_is_from_and_what_was_measured(tmp_path):
 
 def test_wrong_plans_do_not_race_and_a_wrong_plan_in_use_is_said(tmp_path):
     cost = secretly(BEST)
-    tile = ("simple", 32, 4, True)
-    bad = next(p for p in SSU_PLANS
-               if (p.algorithm, p.block_m, p.num_warps, p.evict_first) == tile)  # fmt: skip
-    report = run(FakeRig(cost, wrong={bad: "state off by 2"}), tmp_path)
+    report = run(FakeRig(cost), tmp_path / "right")
+    bad = Plan(**next(s["plan"] for s in report.cells[0]["standings"]
+                      if s["plan"] != report.cells[0]["present"]))  # fmt: skip
+    report = run(FakeRig(cost, wrong={bad: "state off by 2"}), tmp_path / "wrong")
     for cell in report.cells:
         assert Plan(**cell["winner"]) != bad
     told = [o["why"] for o in report.cells[0]["left_out"] if Plan(**o["plan"]) == bad]
@@ -322,11 +323,16 @@ def test_registers_of_the_artifact_decide_occupancy():
     assert "fit" not in prune(FP16, SM_90, 16384, built, usual)[1].get(tile, "")
 
 
-def test_a_race_has_few_entrants():
+@pytest.mark.parametrize("arch", [SM_90, Arch.of("sm_80")], ids=str)
+def test_a_race_has_few_entrants(arch):
     built = {plan: manifest() for plan in SSU_PLANS}
-    chosen, _ = prune(FP16, SM_90, 16384, built, SSU_PLANS[-1])
-    staples = {SSU.fit(FP16, p, SM_90) for p in SSU.staples(FP16, SM_90)} & built.keys()
+    chosen, _ = prune(FP16, arch, 16384, built, SSU_PLANS[-1])
+    staples = {SSU.fit(FP16, p, arch) for p in SSU.staples(FP16, arch)} & built.keys()
     assert staples
+    if arch == SM_90:  # there the estimate is asked of them, too
+        costs = {plan: of_the_model(FP16, plan, 16384) for plan in SSU_PLANS}
+        assert staples & {*chosen} != staples
+        staples = {plan for plan in staples if costs[plan] < 1.1 * min(costs.values())}
     assert staples <= {*chosen}
     assert len(chosen) <= ENTRANTS + len(staples) + 1
     assert SSU_PLANS[-1] in chosen
@@ -393,6 +399,17 @@ def test_the_budget_is_kept_and_the_next_run_goes_on(tmp_path):
     assert not report.missing
     assert report.measured < len(full.cells) - first + 1
     assert len(report.tables) == 1
+
+
+def test_what_it_takes_to_load_kernels_that_are_yet_to_come_is_kept_for_them(tmp_path):
+    names = ("fp32", "bf16", "fp16", "int16", "int8")
+    states = [FP16.replace(state_dtype=name, pdl=pdl) for name in names for pdl in (False, True)]
+    rig = FakeRig(of_the_model, launches=300, load=1.0)
+    report = run(rig, tmp_path, states, budget=25)
+    assert not report.missing
+    assert len(report.cells) == len(states) * len(FEW)
+    # Ten seconds of loading; the races have the rest. The last may run on for a round.
+    assert 20 < report.seconds < 26
 
 
 def test_ctrl_c_keeps_what_is_done_and_nothing_is_measured_twice(tmp_path):

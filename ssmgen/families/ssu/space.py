@@ -135,7 +135,7 @@ def sizes(config: SsuConfig, usual: Sequence[int]) -> list[int]:
     if config.many or config.pdl or not config.tie_hdim:
         return sorted(usual)
     memory = config.rounding == "nearest" and not config.state_scale_t
-    # 17: there are 132 multiprocessors, or 148, and a program more than each has is a step.
-    parts = (17, 19, 24) if memory else (17, 19, 22, 26)
-    more = [n * step // 16 for step in (128, 256, 512, 1024, 2048, 4096) for n in parts]
+    # In 32nds; 34, as there are 132 multiprocessors, or 148, and a program more each is a step.
+    parts = (34, 38, 48) if memory else (34, 37, 40, 44, 48, 52, 57)
+    more = [n * part // 32 for n in (128, 256, 512, 1024, 2048, 4096) for part in parts]
     return sorted({*usual, 96, *more})
