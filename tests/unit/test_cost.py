@@ -82,7 +82,7 @@ def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
     cells, behind, unknown = map(int, found.groups())
     assert cells == 646
     assert behind <= 0.05 * cells
-    assert unknown <= 0.01 * cells
+    assert unknown <= 0.03 * cells
 
 
 def test_the_fit_reports_what_these_tests_hold():
