@@ -662,7 +662,7 @@ def test_a_picture_has_time_and_share_of_every_contestant_in_its_colour(tmp_path
     chosen = [c for c in published["cells"]
               if (c["heads"], c["dim"], c["state"]) == (128, 64, "fp16")]  # fmt: skip
     times, shares = ({each.get_label(): each for each in axis.lines} for axis in (time, share))
-    assert set(times) == {"ssmgen", "flashinfer", "vllm", "copy", "floor"}
+    assert set(times) == {"ssmgen", "flashinfer", "vllm", "mamba_ssm", "copy", "floor"}
     assert list(times["vllm"].get_ydata()) == [c["us"]["vllm"] for c in chosen]
     assert list(times["floor"].get_ydata()) == [c["floor_us"] for c in chosen]
     assert list(shares["vllm"].get_ydata()) == [

@@ -120,7 +120,8 @@ def test_manifests_models_and_all_that_ships(gpu, tmp_path):
 
 
 def test_the_shipped_grid_is_within_its_budget():
-    """What one cell may take, of ten minutes on a machine that compiles 40 kernels a second."""
+    """By what 16 cores and an H200 took: 28 kernels a second, half a second to load and check those of
+    a config, and for a cell 0.09 s, or 0.06 where only those race that were fastest around it."""
     from ssmgen.cli.prewarm import configs_of
     from ssmgen.tune.shipped import grid
 
@@ -132,7 +133,10 @@ def test_the_shipped_grid_is_within_its_budget():
     assert not any(cell.config.kda for cell in cells if cell.config.family == "gdn")
     assert not any(cell.config.prefill for cell in cells if cell.config.family == "conv1d")
     kernels = sum(map(len, tuner.spaces(cells, SM_90).values()))
-    assert (600 - kernels / 40) / len(cells) > 0.12
+    configs = {cell.config for cell in cells}
+    fine = sum(cell.heads.bit_count() > 1 for cell in cells)
+    seconds = kernels / 28 + 0.5 * len(configs) + 0.06 * fine + 0.09 * (len(cells) - fine)
+    assert seconds < 575
 
 
 @pytest.mark.parametrize(
