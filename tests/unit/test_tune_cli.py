@@ -120,8 +120,8 @@ def test_manifests_models_and_all_that_ships(gpu, tmp_path):
 
 
 def test_the_shipped_grid_is_within_its_budget():
-    """By what 16 cores and an H200 took: 28 kernels a second, half a second to load and check those of
-    a config, and for a cell 0.09 s, or 0.06 where only those race that were fastest around it."""
+    """By what 16 cores and an H200 took: 28 kernels a second, half a second to load and check those
+    of a config, and for a cell 0.09 s, or 0.06 where those race that were fastest around it."""
     from ssmgen.cli.prewarm import configs_of
     from ssmgen.tune.shipped import grid
 
