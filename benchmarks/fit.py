@@ -6,15 +6,16 @@
     python benchmarks/fit.py --data FILE --add report.json
                                                          adds what `ssmgen tune --report` measured
 
-The loss of a cell is by how much the plan of least estimated cost was slower than the best plan
-measured there. A plan that did not race counts as 20% behind, and is told apart in what is
-printed. Times with `pdl` are those in a chain. What belongs to the GPU (`ssmgen.cost.CONSTANTS`) is
-found with the counts of ssu; the other families take it as it is. With ``--only`` all but the named
-constants stay as they are.
+The loss of a cell is by how much the plan that the estimate and its list choose was slower than the
+best plan measured there; cells whose choice did not race are counted apart, and in a search for
+lists they lose 20%. Times with `pdl` are those in a chain. What belongs to the GPU
+(`ssmgen.cost.CONSTANTS`) is found with the counts of ssu; the other families take it as it is. With
+``--only`` all but the named constants stay as they are. New constants want new lists: what is
+printed after a search has the factors that were found for the old ones.
 
-A list has the plans among which the estimate chooses for one state dtype and form, each with a
-factor on its estimate: what the compiler makes of it. They are found at random, from one seed:
-those whose choice loses least.
+A list has the plans among which the estimate chooses for one state dtype, rounding and form, each
+with a factor on its estimate: what the compiler makes of it. They are found at random, from one
+seed: those whose choice loses least. A shape in which that is not good enough has its own.
 """
 
 from __future__ import annotations
@@ -51,12 +52,11 @@ FAMILIES = ("ssu", "gdn", "conv1d")
 NEAR = 1.5
 # The name of a list that is for one shape.
 SHAPED = re.compile(r"\d+x\d+\.")
-# The most plans of a list, the steps of a search for one, the searches; factors; where a list of a
-# shape's own is tried.
+# The most plans of a list, the steps of a search for one, the searches; factors.
 LONGEST, STEPS, STARTS = 8, 8000, 6
-FAR = 0.08
 FACTORS = tuple(n / 50 for n in range(35, 71))
-
+# A shape has a list of its own if the list of all loses more than this in some of its cells.
+FAR = 0.08
 # Plans and their factors.
 Listed = list[tuple[Plan, float]]
 
@@ -97,8 +97,8 @@ class Measured:
         return estimate(work, ARCH, constants)(self.heads)
 
     def score(self, constants: Constants, counts: Any) -> float:
-        """How far the logarithms of estimates are off, and what a list cannot mend by a factor:
-        how far from how much they are off for one plan and state dtype."""
+        """How far the logarithms of estimates are off from what is usual for the plan in its list,
+        which a factor can mend, and, at a tenth of the weight, how far that is off."""
         with np.errstate(all="ignore"):
             times = self.estimates(constants, counts)
             if not np.all(np.isfinite(times) & (times > 0)):
@@ -186,9 +186,10 @@ def report(
     losses.sort(key=lambda loss: -loss[0])
     behind = [loss for loss, *_ in losses]
     lines = [
-        f"{len(losses) + unknown} cells: worst loss {behind[0]:.1%}, median "
-        f"{np.median(behind):.1%}, {sum(loss > 0.1 for loss in behind)} above 10%, {unknown} of a "
-        f"plan that did not race; median error of an estimate {np.median(errors):.1%}"
+        f"{len(losses) + unknown} cells: worst loss {max(behind, default=0):.1%}, median "
+        f"{np.median(behind or [0]):.1%}, {sum(loss > 0.1 for loss in behind)} above 10%, "
+        f"{unknown} of a plan that did not race; median error of an estimate "
+        f"{np.median(errors or [0]):.1%}"
     ]
     for loss, config, heads, plan in losses[:worst]:
         usual = type(config)(family=family).fields()
@@ -201,6 +202,7 @@ class Race:
     """The cells that one list serves: what each plan lost in them, and its estimates."""
 
     def __init__(self, cells: list[tuple[KernelConfig, int, dict[Plan, float]]]) -> None:
+        self.cells = cells
         family = spec(cells[0][0].family)
         # As plans stand in a list: the first that becomes what raced, in any cell.
         raced: dict[Plan, None] = {}
@@ -234,15 +236,18 @@ class Race:
         return float(300 * np.mean(over**2) + losses.mean() + far) + price
 
     def far(self, listed: Listed) -> int:
-        """Cells in which the choice of a list loses more than `FAR`."""
-        numbers = {plan: j for j, plan in enumerate(self.plans)}
-        known = [(numbers[plan], factor) for plan, factor in listed if plan in numbers]
-        if not known:
-            return len(self.loss)
-        factors = np.ones(len(self.plans))
-        for j, factor in known:
-            factors[j] = factor
-        return int(np.sum(self.losses([j for j, _ in known], factors) > FAR))
+        """Cells in which the choice of any list loses more than `FAR`, or did not race."""
+        found = 0
+        for config, heads, times in self.cells:
+            fits = fitted(config, ARCH, (wanted for wanted, _ in listed))
+            factors = dict(listed)
+            work = spec(config.family).work
+            costs = {
+                p: factors[w] * estimate(work(config, p), ARCH)(heads) for p, w in fits.items()
+            }
+            plan = min(costs, key=costs.__getitem__)
+            found += times.get(plan, np.inf) > (1 + FAR) * min(times.values())
+        return found
 
     def search(self, rng: np.random.Generator, starts: int, steps: int = STEPS) -> Listed:
         """Simulated annealing from the one plan that is best alone, several times."""
@@ -334,7 +339,7 @@ def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:
     )
 
 
-def text_of_lists(found: dict[str, list[tuple[Plan, float]]], family: str, source: str) -> str:
+def text_of_lists(found: dict[str, Listed], family: str, source: str) -> str:
     """JSON, a plan a line."""
     texts = []
     for name, entries in found.items():

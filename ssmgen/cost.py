@@ -2,8 +2,9 @@
 
 A program moves bytes, issues instructions and waits; programs fill the GPU in waves. Memory, issue
 and waiting hide each other where there are several waves, and add up where there is one. The
-constants are those of one GPU, found by ``benchmarks/fit.py`` so that the plan of least estimated
-cost is close to the best measured one; the other architectures differ in the numbers of `MACHINES`.
+constants are those of one GPU, found by ``benchmarks/fit.py`` so that the estimates of one plan are
+off by the same factor everywhere, which a list of plans then has; the other architectures differ in
+the numbers of `MACHINES`.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Constants:
-    """Microseconds, but for ``hiding`` (the exponent of the mean; more hides better) and ``tail``
-    (how much of its last wave a launch waits for)."""
+    """Microseconds, but for ``repeated`` (how much of what the first tile waits for its
+    ``dependent`` instructions each later one does), ``hiding`` (the exponent of the mean; more
+    hides better) and ``tail`` (how much of its last wave a launch waits for)."""
 
     launch: float = 1.81
     program: float = 0.000332

@@ -13,17 +13,19 @@ from ssmgen import Arch, template
 class FakeRig:
     """`cost(config, plan, heads)` is the truth, in microseconds. A timing takes `launches` launches
     and is off by `noise` (relative, normal) and by a drift that all share. To load the kernels of a
-    config takes `load` seconds. After `stop` timings comes Ctrl-C."""
+    config takes `load` seconds, and those of the first one `begin` more. After `stop` timings comes
+    Ctrl-C."""
 
     gpu = "NVIDIA Pretend 9000"
     multiprocessors = 132
 
     def __init__(self, cost, *, noise=0.01, drift=0.05, launches=100, stop=math.inf, seed=0,
-                 load=0.0, arch="sm_90", wrong=None, blind=()):  # fmt: skip
+                 load=0.0, begin=0.0, arch="sm_90", wrong=None, blind=()):  # fmt: skip
         self.arch = Arch.of(arch)
         self.identity = {"gpu": self.gpu, "driver": "1.0"}
         self.cost, self.noise, self.drift, self.launches = cost, noise, drift, launches
-        self.load, self.stop, self.wrong, self.blind = load, stop, wrong or {}, blind
+        self.load, self.begin = load, begin
+        self.stop, self.wrong, self.blind = stop, wrong or {}, blind
         self.random = random.Random(seed)
         self.now = 100.0
         self.timings = 0
@@ -39,7 +41,7 @@ class FakeRig:
     def open(self, config, batch, nheads, plans):
         self.opened.append((config, batch, nheads, tuple(plans)))
         loaded = any(config == other for other, *_ in self.opened[:-1])
-        self.now += 0.02 if loaded else 0.02 + self.load
+        self.now += 0.02 + (not loaded) * self.load + (len(self.opened) == 1) * self.begin
         yield _FakeBench(self, config, batch * nheads, {p: self.wrong[p] for p in plans
                                                         if p in self.wrong})  # fmt: skip
 

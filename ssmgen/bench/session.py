@@ -180,7 +180,7 @@ def noting(name: str, found: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Missing as reason:
-        found["missing"][name] = str(reason)
+        found["missing"][name] = _without_folders(str(reason))
     except torch.OutOfMemoryError:
         found["missing"][name] = "out of memory"
     except Wrong as fault:
@@ -191,8 +191,10 @@ def noting(name: str, found: dict[str, Any]) -> Iterator[None]:
 
 
 def _without_folders(text: str) -> str:
-    """`text` with files by their names alone: a result is for others to read."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
+    """`text` with files by their names alone: a result is for others to read. Not so an address."""
+    folders = r"(?:/[^\s/:'\"]+)+/"
+    found = rf"(\w+://\S+)|(?<![\w.~]){folders}|~{folders}|(?<=-[IL]){folders}"
+    return re.sub(found, lambda match: match[1] or "", text)
 
 
 def _still_there(name: str, error: Exception) -> None:

@@ -137,7 +137,8 @@ class Family(ABC):
         return [plan for plan in self.candidates(config, arch) if plan.early]
 
     def staples(self, config: KernelConfig, arch: Arch) -> Sequence[Plan]:
-        """Plans that `ssmgen tune` races whatever the estimate says of them."""
+        """Plans that `ssmgen tune` compiles for any config, and races unless the estimate, where it
+        was measured, calls them hopeless."""
         return ()
 
     def work(self, config: KernelConfig, plan: Plan) -> Work:

@@ -4,6 +4,7 @@ on where it was."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ class Journal:
         keep = self._read(head) if path.exists() else 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if path.exists() else "wb")
-        self._synced = 0.0
+        self._synced = -math.inf
         self._file.truncate(keep)
         self._file.seek(keep)
         if not keep:
@@ -73,8 +74,9 @@ class Journal:
                 )
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep the record of the cell it names: in its file before this returns, so that it
-        outlives this process, and on disk about a second later."""
+        """Keep the record of the cell it names: in the file before this returns, so it outlives the
+        process; forced to the disk by the first one a second after the last time, and by `close`.
+        """
         self.cells[record["cell"]] = record
         self._write(record)
 
@@ -85,9 +87,12 @@ class Journal:
             self._sync()
 
     def _sync(self) -> None:
+        self._file.flush()
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        self._sync()
-        self._file.close()
+        try:
+            self._sync()
+        finally:
+            self._file.close()

@@ -261,8 +261,8 @@ def _measure(
         others = measured.setdefault((cell.config.family, cell.key), {})
         if cell not in waiting:
             others[cell.heads] = journal.cells[str(cell)]
-    # What it took to load and judge the kernels of a config, besides a race: those that are yet to
-    # come leave their share of time.
+    # What it took to load and judge the kernels of a config, besides a race: time is kept for those
+    # that are yet to come. The first is no measure: it begins everything.
     loading: list[float] = []
     configs = {cell.config for cell in todo}
     for done, cell in enumerate(todo):
@@ -272,7 +272,7 @@ def _measure(
         note(Progress("race", done, len(todo), str(cell), left))
         first = cell.config in configs
         configs.discard(cell.config)
-        each = statistics.mean(loading) if loading else 0.0
+        each = statistics.median(loading[1:] or [0.0])
         share = max(0.0, left - each * (first + len(configs))) / (len(todo) - done) + each * first
         ready = {
             plan: built[key]

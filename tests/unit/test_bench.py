@@ -272,6 +272,19 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch):
     assert found["rounds"]["vllm"] == [2.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("at '/opt/peer/kernel.cuh':12", "at 'kernel.cuh':12"),
+        ("nvcc -I/opt/peer/include ~/.cache/peer/x.cu", "nvcc -Iinclude x.cu"),
+        ("see https://example.org/a/b/3, or peer/data/x.cu", None),
+        ("1/2 of it", None),
+    ],
+)
+def test_files_in_an_error_lose_their_folders(text, kept):
+    assert session._without_folders(text) == (kept or text)
+
+
 def test_a_wrong_ssmgen_gets_no_time_either(monkeypatch):
     monkeypatch.setattr(contestants, "ours", off)
     found = contest(tiny(), ("ssmgen",), record=Clock(1.0))

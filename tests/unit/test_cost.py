@@ -53,7 +53,7 @@ def losses_of(family, file="plans-shipped-h200.json"):
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "share"), [("ssu", 3456, 0.002), ("gdn", 99, 0), ("conv1d", 24, 0)]
+    ("family", "cells", "share"), [("ssu", 3456, 0.001), ("gdn", 99, 0), ("conv1d", 24, 0)]
 )
 def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     hidden, family, cells, share
@@ -82,7 +82,7 @@ def test_on_a_shape_that_no_list_was_found_with_it_is_seldom_far_behind():
     cells, behind, unknown = map(int, found.groups())
     assert cells == 646
     assert behind <= 0.05 * cells
-    assert unknown <= 0.03 * cells
+    assert unknown <= 0.025 * cells
 
 
 def test_the_fit_reports_what_these_tests_hold():
@@ -91,7 +91,7 @@ def test_the_fit_reports_what_these_tests_hold():
     above = re.findall(r"^(\w+) (\d+) cells.*, (\d+) above 10%, (\d+) of", done.stdout, flags=re.M)
     assert [family for family, *_ in above] == ["ssu", "gdn", "conv1d"]
     (_, cells, *worse), *others = above
-    assert sum(map(int, worse)) <= 0.002 * int(cells)
+    assert sum(map(int, worse)) <= 0.001 * int(cells)
     assert all(found[2:] == ("0", "0") for found in others)
 
 
