@@ -55,7 +55,7 @@ def tune(
     ] = Path("tuned"),
     budget: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Stop after so long.")
-    ] = 600.0,
+    ] = 570.0,
     sizes: Annotated[
         list[int] | None,
         typer.Option(

@@ -51,7 +51,7 @@ def check(
     cells: Sequence[Cell],
     rig: Rig,
     *,
-    budget: float = 600.0,
+    budget: float = 570.0,
     compile: Compile | None = None,
     note: Note = lambda progress: None,
 ) -> Report:

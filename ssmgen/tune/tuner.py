@@ -185,7 +185,7 @@ def tune(
     rig: Rig,
     out: Path,
     *,
-    budget: float = 600.0,
+    budget: float = 570.0,
     sizes: Sequence[int] | None = None,
     compile: Compile | None = None,
     note: Note = lambda progress: None,

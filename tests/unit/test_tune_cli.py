@@ -136,8 +136,8 @@ def test_the_shipped_grid_is_within_its_budget():
     configs = {cell.config for cell in cells}
     fine = sum(cell.heads.bit_count() > 1 for cell in cells)
     seconds = kernels / 28 + 0.5 * len(configs) + 0.06 * fine + 0.09 * (len(cells) - fine)
-    # The rest is for the process to start, for estimates, and for the tables.
-    assert seconds < 575
+    # The default budget; what is left of ten minutes is for the process to start and end.
+    assert seconds < 570
 
 
 @pytest.mark.parametrize(
