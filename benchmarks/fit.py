@@ -91,6 +91,7 @@ class Measured:
         self.group, self.weight = np.array(group), np.array(weight)
         self.us, self.heads = np.array(micro), np.array(heads, float)
         self.whole = np.bincount(self.group, self.weight)
+        self.listed = any(name for name, _ in groups)
 
     def estimates(self, constants: Constants, counts: Any) -> np.ndarray:
         work = Work(**self.counts.counted(self.facts, counts))
@@ -98,13 +99,15 @@ class Measured:
 
     def score(self, constants: Constants, counts: Any) -> float:
         """How far the logarithms of estimates are off from what is usual for the plan in its list,
-        which a factor can mend, and, at a tenth of the weight, how far that is off."""
+        which a factor can mend, and, at a tenth of the weight, how far that is off; of a family
+        without lists how far they are off.
+        """
         with np.errstate(all="ignore"):
             times = self.estimates(constants, counts)
             if not np.all(np.isfinite(times) & (times > 0)):
                 return np.inf
         off = np.log(times / self.us)
-        usual = np.bincount(self.group, self.weight * off) / self.whole
+        usual = self.listed * np.bincount(self.group, self.weight * off) / self.whole
         both = np.minimum((off - usual[self.group]) ** 2, 0.25) + 0.1 * np.minimum(off**2, 0.25)
         return float(np.sqrt(np.average(both, weights=self.weight)))
 

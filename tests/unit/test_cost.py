@@ -53,7 +53,7 @@ def losses_of(family, file="plans-shipped-h200.json"):
 
 
 @pytest.mark.parametrize(
-    ("family", "cells", "share"), [("ssu", 3456, 0.001), ("gdn", 99, 0), ("conv1d", 24, 0)]
+    ("family", "cells", "share"), [("ssu", 3456, 0.001), ("gdn", 99, 0), ("conv1d", 24, 0.05)]
 )
 def test_its_choice_is_within_ten_percent_of_the_best_nearly_everywhere(
     hidden, family, cells, share
