@@ -201,6 +201,16 @@ def report(
     return "\n".join(lines)
 
 
+def choice(config: KernelConfig, heads: int, listed: Listed) -> Plan:
+    """The plan of a list that has the least estimated cost."""
+    factors, work = dict(listed), spec(config.family).work
+    costs = {
+        plan: factors[wanted] * estimate(work(config, plan), ARCH)(heads)
+        for plan, wanted in fitted(config, ARCH, factors).items()
+    }
+    return min(costs, key=costs.__getitem__)
+
+
 class Race:
     """The cells that one list serves: what each plan lost in them, and its estimates."""
 
@@ -242,13 +252,7 @@ class Race:
         """Cells in which the choice of any list loses more than `FAR`, or did not race."""
         found = 0
         for config, heads, times in self.cells:
-            fits = fitted(config, ARCH, (wanted for wanted, _ in listed))
-            factors = dict(listed)
-            work = spec(config.family).work
-            costs = {
-                p: factors[w] * estimate(work(config, p), ARCH)(heads) for p, w in fits.items()
-            }
-            plan = min(costs, key=costs.__getitem__)
+            plan = choice(config, heads, listed)
             found += times.get(plan, np.inf) > (1 + FAR) * min(times.values())
         return found
 
@@ -321,7 +325,7 @@ def _searched(name: str, cells: list[Any], seed: int) -> dict[str, Listed]:
 def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:
     """How good lists are, of one token of ssu, on a shape that had no part in them. Two searches
     tell that nearly as well as those of a list that ships."""
-    family, losses, unknown = spec("ssu"), [], 0
+    losses, unknown = [], 0
     for cells in by_list(data, "ssu").values():
         if cells[0][0].many:
             continue
@@ -330,9 +334,7 @@ def left_out(data: dict[str, Any], shape: tuple[int, ...], seed: int) -> str:
             continue
         listed = Race(others).search(np.random.default_rng(seed), 2)
         for config, heads, times in (cell for cell in cells if cell not in others):
-            fits = {family.fit(config, plan, ARCH): factor for plan, factor in reversed(listed)}
-            costs = {p: f * estimate(family.work(config, p), ARCH)(heads) for p, f in fits.items()}
-            plan = min(costs, key=costs.__getitem__)
+            plan = choice(config, heads, listed)
             unknown += plan not in times
             if plan in times:
                 losses.append(times[plan] / min(times.values()) - 1)

@@ -115,8 +115,8 @@ class Choice:
     why: str
 
 
-# An estimated gain that is not worth one more kernel to compile: where no list has factors of its
-# plans, and where the constants of the estimate were not measured.
+# An estimated gain that is not worth one more kernel to compile: of a family without lists, whose
+# estimates lack their factors, and where the constants of the estimate were not measured.
 TIED, DOUBTFUL = 0.005, 0.05
 # A family's sizes times these, in sixteenths, are those at which estimates are compared: closer
 # after a power of two, where one program more than the GPU has parts begins another wave.
@@ -198,7 +198,7 @@ def modelled(config: KernelConfig, arch: Arch) -> list[tuple[int | None, Plan]]:
     sizes = sorted({family.limit(config, size) for size in finer})
     # By number: to hash a plan takes longer than to cost it.
     cells = [{i: f * cost(size) for i, (f, cost) in enumerate(costs)} for size in sizes]
-    slack = TIED if set(factors.values()) == {1.0} else 0.0
+    slack = 0.0 if family.listings(config) else TIED
     chosen = [listed[i] for i in cover(cells, slack if arch.cc == FITTED else DOUBTFUL)]
     found: list[tuple[int | None, Plan]] = [
         (between(low, high), plan)

@@ -205,11 +205,10 @@ def tune(
         config: {plan: template.key(config, plan, rig.arch) for plan in own}
         for config, own in plans.items()
     }
-    digests = {cell: _digest(cell, kernels[cell.config].values()) for cell in cells}
     journal = Journal(out / f"{rig.arch}.journal", rig.identity)
     try:
         _measure(
-            rig, cells, plans, kernels, digests, journal, report, start + budget,
+            rig, cells, plans, kernels, journal, report, start + budget,
             compile or compile_all, note,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -218,7 +217,7 @@ def tune(
         journal.close()
     for cell in cells:
         record = journal.cells.get(str(cell))
-        if record is None or record["kernels"] != digests[cell]:
+        if record is None or record["kernels"] != _digest(cell, kernels[cell.config]):
             report.missing.append(str(cell))
         else:
             report.cells.append(record)
@@ -233,7 +232,6 @@ def _measure(
     cells: list[Cell],
     plans: dict[KernelConfig, dict[Plan, Plan]],
     kernels: dict[KernelConfig, dict[Plan, str]],
-    digests: dict[Cell, str],
     journal: Journal,
     report: Report,
     end: float,
@@ -242,7 +240,7 @@ def _measure(
 ) -> None:
     todo = [
         cell for cell in cells
-        if journal.cells.get(str(cell), {}).get("kernels") != digests[cell]
+        if journal.cells.get(str(cell), {}).get("kernels") != _digest(cell, kernels[cell.config])
     ]  # fmt: skip
     jobs = {
         key: Job(config, plan, rig.arch, key)
@@ -289,7 +287,7 @@ def _measure(
         measured[cell.config.family, cell.key][cell.heads] = record
         if first:
             loading.append(record["loading"])
-        record["kernels"] = digests[cell]
+        record["kernels"] = _digest(cell, kernels[cell.config])
         for standing in record["standings"]:
             wanted = plans[cell.config][Plan(**standing["plan"])]
             standing["table"] = wanted.fields()
@@ -374,9 +372,9 @@ def _plain(outcome: Outcome[Plan], fills: Mapping[Plan, float]) -> dict[str, Any
     }
 
 
-def _digest(cell: Cell, keys: Iterable[str]) -> str:
+def _digest(cell: Cell, kernels: Mapping[Plan, str]) -> str:
     """Of the kernels of a cell: changes with a template, the space, or the plan in use."""
-    text = canonical_json([sorted(keys), cell.present.fields()])
+    text = canonical_json([sorted(kernels.values()), cell.present.fields()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
